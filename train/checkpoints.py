@@ -1,0 +1,162 @@
+"""Checkpoints that survive a kill at any moment: written aside, verified, renamed; the newest sound one is found again.
+
+    checkpoints/step_00001000/state/…          what DeepSpeed wrote
+                              manifest.json    step, processes, ZeRO stage, every file's size and SHA-256
+
+A folder named step_* is complete by construction: it takes that name after everything in it has reached the disk.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from train.settings import UserError
+
+MANIFEST = "manifest.json"
+TAG = "state"
+
+
+def digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    """Flush a file or folder to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def describe(files: list[Path], root: Path) -> dict[str, dict[str, Any]]:
+    """Flushed to the disk, their sizes and digests, by path below `root`."""
+    entries = {}
+    for file in files:
+        _sync(file)
+        entries[str(file.relative_to(root))] = {"bytes": file.stat().st_size, "sha256": digest(file)}
+    return entries
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    Args:
+        folder: where they lie; made on the first save.
+        keep: how many of the newest stay.
+    """
+
+    def __init__(self, folder: Path, keep: int):
+        self.folder, self.keep = folder, keep
+
+    def all(self) -> list[Path]:
+        """Complete checkpoints, oldest first."""
+        return sorted(self.folder.glob("step_*"))
+
+    def save(self, engine, step: int) -> Path:
+        """Write a checkpoint of `step` finished steps; collective. A failed write leaves the earlier ones untouched.
+
+        Raises UserError on every process when any of them cannot write (disk full, no permission).
+        """
+        target, partial = self.folder / f"step_{step:08d}", self.folder / f".partial_{step:08d}"
+        if target.exists():
+            return target
+        failure = None
+        if dist.get_rank() == 0:
+            for stale in self.folder.glob(".partial_*"):
+                shutil.rmtree(stale)
+        dist.barrier()
+        try:
+            engine.save_checkpoint(str(partial), tag=TAG, client_state={"step": step}, save_latest=False)
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError of its zip writer
+            failure = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        failures: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(failures, failure)
+        if dist.get_rank() == 0 and not any(failures):
+            try:
+                self._commit(partial, target, step, engine)
+            except OSError as error:
+                failures = [f"{type(error).__name__}: {error}"]
+        dist.broadcast_object_list(failures := failures[:1] if not any(failures) else [next(filter(None, failures))])
+        if failures[0]:
+            if dist.get_rank() == 0:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise UserError(
+                f"the checkpoint of step {step} could not be written to {self.folder} ({failures[0]}): "
+                "free space there and start again, the earlier checkpoints are untouched."
+            )
+        return target
+
+    def _commit(self, partial: Path, target: Path, step: int, engine) -> None:
+        files = sorted(path for path in partial.rglob("*") if path.is_file())
+        manifest = {
+            "step": step,
+            "processes": dist.get_world_size(),
+            "zero_stage": engine.zero_optimization_stage(),
+            "files": describe(files, partial),
+        }
+        path = partial / MANIFEST
+        path.write_text(json.dumps(manifest, indent=1))
+        _sync(path)
+        _sync(partial)
+        os.rename(partial, target)
+        _sync(self.folder)
+        for old in self.all()[: -self.keep]:
+            shutil.rmtree(old)
+
+    def newest_sound(self) -> tuple[Path, dict[str, Any]] | None:
+        """The newest checkpoint whose files match its manifest, passing over damaged ones with a word; rank 0 looks."""
+        found: list[Any] = [None]
+        if dist.get_rank() == 0:
+            for path in reversed(self.all()):
+                fault = self.fault(path)
+                if fault is None:
+                    found = [(path, json.loads((path / MANIFEST).read_text()))]
+                    break
+                print(f"checkpoint {path.name} is damaged ({fault}); looking at the one before it.", flush=True)
+        dist.broadcast_object_list(found)
+        return found[0]
+
+    @staticmethod
+    def fault(path: Path) -> str | None:
+        """What is wrong with a checkpoint, or None."""
+        try:
+            manifest = json.loads((path / MANIFEST).read_text())
+            for name, entry in manifest["files"].items():
+                file = path / name
+                if file.stat().st_size != entry["bytes"]:
+                    return f"{name} has {file.stat().st_size} of {entry['bytes']} bytes"
+                if digest(file) != entry["sha256"]:
+                    return f"{name} has other bytes than were written"
+        except (OSError, json.JSONDecodeError, KeyError) as error:
+            return f"{type(error).__name__}: {error}"
+        return None
+
+    def load(self, engine, path: Path, manifest: dict[str, Any]) -> int:
+        """Restore weights, optimizer, EMA and loss scaler; returns the number of finished steps.
+
+        Raises UserError when ZeRO shards were written by another number of processes or another stage.
+        """
+        stage, processes = engine.zero_optimization_stage(), dist.get_world_size()
+        if manifest["zero_stage"] != stage:
+            raise UserError(
+                f"{path} was written with zero_stage={manifest['zero_stage']}: go on with that, or start another output from "
+                "its weights with init_from=."
+            )
+        if stage and manifest["processes"] != processes:
+            was = manifest["processes"]
+            raise UserError(
+                f"{path} holds ZeRO-{stage} shards of {was} process(es) and this run has {processes}: go on with {was} "
+                f"(deepspeed --num_gpus {was}), or let {was} finish early with steps={manifest['step']} and start another output "
+                "from the final/ folder with init_from=."
+            )
+        loaded, client_state = engine.load_checkpoint(str(path), tag=TAG)
+        if loaded is None:
+            raise UserError(f"DeepSpeed found no state in {path}: remove that folder to go on from the one before it.")
+        return client_state["step"]

@@ -1,0 +1,71 @@
+"""Pictures of a model in training: DPM-Solver++ with guidance over a source's probes, and grids of them with their captions."""
+
+import textwrap
+from pathlib import Path
+
+import torch
+from diffusers import DPMSolverMultistepScheduler
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from train.data.source import Probe, ScenesSource
+from train.settings import Sampling
+
+MICRO_BATCH = 96
+
+
+@torch.no_grad()
+def sample_latents(model, source: ScenesSource, text: Tensor, mask: Tensor, settings: Sampling, *, seed: int = 0) -> Tensor:
+    """Latents `[B, C, h, w]` for text `[B, L, C]`: `settings.steps` of DPM-Solver++ (order 2), classifier-free guidance.
+
+    The unconditional branch sees the empty caption with its own mask. Noise depends on `seed` and the row alone.
+    """
+    device, dtype = model.device, model.dtype
+    shape = (len(text), source.latent_channels, source.latent_size, source.latent_size)
+    latents = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device)
+    null_text, null_mask = source.encode_text([""])
+    text = torch.cat([null_text.expand_as(text), text]).to(device, dtype)
+    mask = torch.cat([null_mask.expand_as(mask), mask]).to(device)
+    scheduler = DPMSolverMultistepScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear")
+    scheduler.set_timesteps(settings.steps, device=device)
+    for t in scheduler.timesteps:
+        output = model(
+            torch.cat([latents, latents]).to(dtype),
+            encoder_hidden_states=text,
+            timestep=t.expand(len(text)),
+            encoder_attention_mask=mask,
+            return_dict=False,
+        )[0]
+        unconditional, conditional = output[:, : source.latent_channels].float().chunk(2)
+        noise = unconditional + settings.guidance * (conditional - unconditional)
+        latents = scheduler.step(noise, t, latents, return_dict=False)[0]
+    return latents
+
+
+def generate(model, source: ScenesSource, probe: Probe, settings: Sampling) -> Tensor:
+    """Pictures `[B, 3, H, W]` in [-1, 1] for a probe's captions."""
+    rows = range(0, len(probe.captions), MICRO_BATCH)
+    latents = [
+        sample_latents(
+            model, source, probe.text[i : i + MICRO_BATCH], probe.mask[i : i + MICRO_BATCH], settings, seed=i
+        )
+        for i in rows
+    ]
+    return source.decode(torch.cat(latents))
+
+
+def save_grid(images: Tensor, captions: list[str], path: Path, *, columns: int = 6, tile: int = 160) -> None:
+    """A PNG of pictures `[B, 3, H, W]` in [-1, 1], each with its caption under it."""
+    font, lines, line, pad = ImageFont.load_default(12), 4, 15, 8
+    rows = -(-len(images) // columns)
+    cell_width, cell_height = tile + pad, tile + lines * line + pad
+    grid = Image.new("RGB", (columns * cell_width + pad, rows * cell_height + pad), "white")
+    pen = ImageDraw.Draw(grid)
+    pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+    for i, (picture, caption) in enumerate(zip(pixels, captions, strict=True)):
+        x, y = pad + i % columns * cell_width, pad + i // columns * cell_height
+        grid.paste(Image.fromarray(picture).resize((tile, tile), Image.Resampling.NEAREST), (x, y))
+        for row, words in enumerate(textwrap.wrap(caption, tile // 7)[:lines]):
+            pen.text((x, y + tile + 2 + row * line), words, fill="black", font=font)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    grid.save(path)
