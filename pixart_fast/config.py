@@ -1,4 +1,4 @@
-"""Model sizes as data: rows of the papers, as keyword arguments of `Transformer` (DiT table 1; PixArt-α section 2.3)."""
+"""Model sizes as data: rows of the papers, as arguments of `Transformer` (DiT table 1; PixArt-α section 2.3)."""
 
 from types import MappingProxyType
 from typing import NamedTuple

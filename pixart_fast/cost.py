@@ -5,9 +5,17 @@ PEAK_FLOPS = {"V100": 125e12, "A100": 312e12, "H100": 989e12, "H200": 989e12}
 
 
 def forward_flops(
-    *, layers: int, width: int, tokens: int, text_tokens: int, caption_channels: int, patch_features: int, out_features: int
+    *,
+    layers: int,
+    width: int,
+    tokens: int,
+    text_tokens: int,
+    caption_channels: int,
+    patch_features: int,
+    out_features: int,
 ) -> float:
-    """Multiply-adds count two. One sample through `Transformer`: linear layers, both attentions, embeddings of text and patches.
+    """Multiply-adds count two. One sample through `Transformer`: linear layers, both attentions, embeddings of text and
+    patches.
 
     Args:
         tokens, text_tokens: image tokens N and caption tokens L of the sample.

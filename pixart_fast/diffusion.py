@@ -21,7 +21,7 @@ def normal_kl(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2
 
 
 def normal_cdf(x: Tensor) -> Tensor:
-    """The tanh approximation of the standard normal CDF (Page 1977) that the published loss uses; within 3e-4 of the exact one."""
+    """The standard normal CDF by its tanh approximation (Page 1977), as the published loss; within 3e-4 of exact."""
     return 0.5 * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x**3)))
 
 
@@ -37,8 +37,8 @@ def discretized_gaussian_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tens
 class GaussianDiffusion:
     """The forward process q(x_t | x_0) and the loss of a model that predicts noise and variance.
 
-    Betas rise linearly from 1e-4 to 0.02 over 1000 steps and keep their integral for another `num_timesteps`. Tables are computed
-    in fp64 and stored as fp32 `[num_timesteps]`; they follow the device of the tensors they meet.
+    Betas rise linearly from 1e-4 to 0.02 over 1000 steps and keep their integral for another `num_timesteps`. Tables
+    are computed in fp64 and stored as fp32 `[num_timesteps]`; they follow the device of the tensors they meet.
     """
 
     def __init__(self, num_timesteps: int = 1000):
@@ -79,17 +79,20 @@ class GaussianDiffusion:
         """x_0 = (x_t - √(1 - ᾱ_t) ε) / √ᾱ_t."""
         return self.at("recip_sqrt_alpha_bar", t, xt) * xt - self.at("sqrt_recip_minus_one", t, xt) * epsilon
 
-    def training_losses(self, model_output: Tensor, x0: Tensor, xt: Tensor, t: Tensor, noise: Tensor) -> dict[str, Tensor]:
+    def training_losses(
+        self, model_output: Tensor, x0: Tensor, xt: Tensor, t: Tensor, noise: Tensor
+    ) -> dict[str, Tensor]:
         """`{"loss", "mse", "vb"}`, each fp32 `[B]`, for `model_output [B, 2C, ...]` = (ε̂, variance channel).
 
-        mse = mean (ε - ε̂)²; vb is the variational bound's term at t in bits per dimension, which trains the variance alone (ε̂ is
-        detached in it); loss = mse + vb, not divided by the number of steps (iDDPM's hybrid loss as DiT and PixArt train with it).
+        mse = mean (ε - ε̂)²; vb is the variational bound's term at t in bits per dimension, which trains the variance
+        alone (ε̂ is detached in it); loss = mse + vb, not divided by the number of steps (iDDPM's hybrid loss as DiT
+        and PixArt train with it).
         """
         channels = x0.shape[1]
         if model_output.shape[1] != 2 * channels:
             raise ValueError(
-                f"the loss needs {2 * channels} output channels (noise and variance), the model gave {model_output.shape[1]}: "
-                f"set out_channels={2 * channels}."
+                f"the loss needs {2 * channels} output channels (noise and variance), the model gave "
+                f"{model_output.shape[1]}: set out_channels={2 * channels}."
             )
         x0, xt, noise = x0.float(), xt.float(), noise.float()
         epsilon, variance = model_output.float().chunk(2, dim=1)

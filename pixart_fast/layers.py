@@ -1,7 +1,7 @@
 """The parts of the PixArt transformer, in the order in which a forward pass meets them.
 
-Parameter names are those of diffusers' `PixArtTransformer2DModel`, so that published weights, LoRA files and PEFT's target
-patterns fit as they are. Shapes: B samples, N image tokens, L caption tokens, D width, H heads, d = D / H.
+Parameter names are those of diffusers' `PixArtTransformer2DModel`, so that published weights, LoRA files and PEFT's
+target patterns fit as they are. Shapes: B samples, N image tokens, L caption tokens, D width, H heads, d = D / H.
 """
 
 import math
@@ -16,9 +16,10 @@ from pixart_fast import ops
 def sincos_2d(height: int, width: int, dim: int, *, base_size: int, scale: float, device: torch.device) -> Tensor:
     """Sine-cosine position embedding of a height × width token grid: fp32 `[height * width, dim]`.
 
-    The grid is stretched to `base_size` tokens and compressed by `scale`, so that a model sees the coordinates it was trained
-    on at any resolution (DiffFit; PixArt-α section 2.3 "training at high resolution"). The width comes first, as in MAE.
-    It is separable: sines are taken of height + width coordinates, not of every token, which is why it is not cached.
+    The grid is stretched to `base_size` tokens and compressed by `scale`, so that a model sees the coordinates it was
+    trained on at any resolution (DiffFit; PixArt-α section 2.3 "training at high resolution"). The width comes first,
+    as in MAE. It is separable: sines are taken of height + width coordinates, not of every token, which is why it is
+    not cached.
     """
     omega = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64, device=device) / (dim // 4))
 
@@ -33,7 +34,7 @@ def sincos_2d(height: int, width: int, dim: int, *, base_size: int, scale: float
 
 
 def sinusoid(value: Tensor, channels: int = 256) -> Tensor:
-    """Sinusoidal features of scalars, fp32 `[..., channels]`, cosines first (DDPM's timestep embedding, as DiT uses it).
+    """Sinusoidal features of scalars, fp32 `[..., channels]`, cosines first (DDPM's timestep embedding, as in DiT).
 
     Always fp32: bf16 has no room for integers above 256, so a timestep or an image height cast to it is another number.
     """
@@ -83,7 +84,7 @@ class SinusoidMLP(nn.Module):
 
 
 class Condition(nn.Module):
-    """The time embedding, and with `micro_conditions` the image's height, width and aspect ratio added to it: `[B, D]`."""
+    """The time embedding, with `micro_conditions` plus the image's height, width and aspect ratio: `[B, D]`."""
 
     def __init__(self, dim: int, micro_conditions: bool):
         super().__init__()
@@ -103,7 +104,7 @@ class Condition(nn.Module):
 
 
 class AdaLNSingle(nn.Module):
-    """adaLN-single (PixArt-α section 2.3): one MLP over the embedded time gives every block's modulation, S̄ = f(t) `[B, 6, D]`.
+    """adaLN-single (PixArt-α section 2.3): one MLP over the embedded time for all blocks, S̄ = f(t) `[B, 6, D]`.
 
     Each block adds its own table E⁽ⁱ⁾ to it. The final layer takes `emb`'s output itself, before SiLU and linear layer.
     """
@@ -132,10 +133,11 @@ class CaptionProjection(nn.Module):
 class Attention(nn.Module):
     """Projections and heads shared by self- and cross-attention.
 
-    `fuse_projections` replaces two or three matrix products by one; its weights are copies, so where gradients are recorded
-    the separate ones still serve.
+    `fuse_projections` replaces two or three matrix products by one; its weights are copies, so where gradients are
+    recorded the separate ones still serve.
     """
 
+    op: str
     fused_names: tuple[str, ...]
 
     def __init__(self, dim: int, context_dim: int, heads: int, head_dim: int, *, bias: bool, dropout: float):
@@ -175,6 +177,7 @@ class Attention(nn.Module):
 
 
 class SelfAttention(Attention):
+    op = "self_attention"
     fused_names = ("to_q", "to_k", "to_v")
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -183,6 +186,7 @@ class SelfAttention(Attention):
 
 
 class CrossAttention(Attention):
+    op = "cross_attention"
     fused_names = ("to_k", "to_v")
 
     def forward(self, x: Tensor, text: Tensor, lengths: Tensor | None = None, bias: Tensor | None = None) -> Tensor:

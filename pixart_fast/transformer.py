@@ -1,7 +1,8 @@
 """The PixArt transformer: DiT with cross-attention to text and one shared time-conditioning MLP (PixArt-α, figure 4).
 
-`Transformer` takes the place of `diffusers.PixArtTransformer2DModel`: the same constructor, `config.json`, `forward`, state dict
-and pipelines. Everything that computes is here and in `layers.py`; what diffusers asks for besides is in `interop.py`.
+`Transformer` takes the place of `diffusers.PixArtTransformer2DModel`: the same constructor, `config.json`, `forward`,
+state dict and pipelines. Everything that computes is here and in `layers.py`; what diffusers asks for besides is in
+`interop.py`.
 """
 
 import warnings
@@ -29,7 +30,7 @@ from pixart_fast.layers import (
 
 
 class Caption(NamedTuple):
-    """Text features with what counts of them: by `lengths [B]`, or by an additive `bias [B, 1, L]`, or all (both None)."""
+    """Text features with what counts of them: by `lengths [B]`, by an additive `bias [B, 1, L]`, or all (both None)."""
 
     text: Tensor  # [B, L, C]
     lengths: Tensor | None
@@ -39,8 +40,9 @@ class Caption(NamedTuple):
 def pack_caption(text: Tensor, mask: Tensor | None) -> Caption:
     """Text `[B, L, C]` and diffusers' mask (2-D: 1 = keep; 3-D: a bias to add) to a `Caption`.
 
-    Kept tokens of a 2-D mask move to the front, in order: attention does not depend on the order of its keys, so this is exact,
-    and their number replaces the mask. No value leaves the device. A caption without a kept token contributes nothing.
+    Kept tokens of a 2-D mask move to the front, in order: attention does not depend on the order of its keys, so this
+    is exact, and their number replaces the mask. No value leaves the device. A caption without a kept token contributes
+    nothing.
     """
     if mask is None:
         return Caption(text, None, None)
@@ -65,9 +67,11 @@ class Modulation(NamedTuple):
 class Block(nn.Module):
     """One transformer block, modulated by adaLN-single: S⁽ⁱ⁾ = S̄ + E⁽ⁱ⁾ (PixArt-α section 2.3, figure 4).
 
-    Self-attention and the MLP sit behind LayerNorm, shift and scale, and a gate; cross-attention to the caption between them has
-    neither, as published.
+    Self-attention and the MLP sit behind LayerNorm, shift and scale, and a gate; cross-attention to the caption between
+    them has neither, as published.
     """
+
+    op = "modulated_layernorm"
 
     def __init__(
         self,
@@ -133,7 +137,10 @@ def _check(config: dict[str, Any], micro_conditions: bool) -> None:
     if config["modulation"] not in ("adaln_single", "adaln"):
         raise ValueError(f"modulation must be 'adaln_single' or 'adaln', got {config['modulation']!r}.")
     if config["norm_type"] != "ada_norm_single" or config["num_embeds_ada_norm"] is None:
-        raise ValueError(f"norm_type must be 'ada_norm_single' with num_embeds_ada_norm, got {config['norm_type']!r}.")
+        raise ValueError(
+            "norm_type must be 'ada_norm_single' with num_embeds_ada_norm set, "
+            f"got {config['norm_type']!r} with {config['num_embeds_ada_norm']}."
+        )
     if config["norm_elementwise_affine"]:
         raise ValueError(
             "norm_elementwise_affine=True is not part of PixArt: its LayerNorms take scale and shift from the time."
@@ -167,15 +174,17 @@ class Transformer(DiffusersModel):
     """PixArt's transformer; the constructor and `config.json` are those of `diffusers.PixArtTransformer2DModel`.
 
     Args beyond diffusers':
-        modulation: "adaln_single", or "adaln" for the baseline of the paper's ablation: DiT's modulation MLP in every block and a
-            pooled-caption term in the condition. At XL/2 with 4096 caption channels 610,856,096 against 833,213,984 parameters.
+        modulation: "adaln_single", or "adaln" for the baseline of the paper's ablation: DiT's modulation MLP in every
+            block and a pooled-caption term in the condition. At XL/2 with 4096 caption channels 610,856,096 against
+            833,213,984 parameters.
 
     `null_caption [L, C]`, the caption embedding that α checkpoints carry for guidance, is kept beside the weights
     (`null_caption.safetensors`) and returns with `from_pretrained`; it takes no part in `forward`.
     """
 
-    _no_split_modules = ["Block", "AdaLNBlock", "PatchEmbed"]
-    _repeated_blocks = ["Block", "AdaLNBlock"]
+    op = "modulated_layernorm"
+    _no_split_modules = ("Block", "AdaLNBlock", "PatchEmbed")
+    _repeated_blocks = ("Block", "AdaLNBlock")
 
     @register_to_config
     def __init__(
@@ -203,8 +212,8 @@ class Transformer(DiffusersModel):
         attention_type: str | None = "default",
         modulation: str = "adaln_single",
     ):
-        # Not super().__init__(), which would build the blocks that ours replace. And by this name: a pipeline that loads a
-        # saved `Transformer` looks for ModelMixin in this module to know how.
+        # Not super().__init__(), which would build the blocks that ours replace. And by this name: a pipeline that
+        # loads a saved `Transformer` looks for ModelMixin in this module to know how.
         ModelMixin.__init__(self)
         if use_additional_conditions is None:
             use_additional_conditions = sample_size == 128
@@ -261,15 +270,16 @@ class Transformer(DiffusersModel):
         """Predict noise (and variance) of noisy latents.
 
         Args:
-            hidden_states: noisy latents `[B, in_channels, height, width]` in the model's dtype, any size that divides by the patch.
+            hidden_states: noisy latents `[B, in_channels, height, width]` in the model's dtype, any size that divides
+                by the patch.
             encoder_hidden_states: text features `[B, L, caption_channels]`, or `[B, 1, L, caption_channels]`.
             timestep: `[B]`, integer or fp32 (it enters the sinusoid in fp32).
-            added_cond_kwargs: `{"resolution": [B, 2] in pixels, "aspect_ratio": [B, 1]}` where the model has micro-conditions;
-                None inside stands for the latents' own size.
+            added_cond_kwargs: `{"resolution": [B, 2] in pixels, "aspect_ratio": [B, 1]}` where the model has
+                micro-conditions; None inside stands for the latents' own size.
             cross_attention_kwargs: accepted for diffusers' sake; ignored with a warning.
             attention_mask: over image tokens, `[B, N]` (1 = keep) or a bias `[B, 1, N]`.
-            encoder_attention_mask: over caption tokens, `[B, L]` (1 = keep) or a bias `[B, 1, L]` (-10000 = discard). A caption
-                without any kept token adds nothing (diffusers would attend to its padding).
+            encoder_attention_mask: over caption tokens, `[B, L]` (1 = keep) or a bias `[B, 1, L]` (-10000 = discard). A
+                caption without any kept token adds nothing (diffusers would attend to its padding).
 
         Returns:
             `Transformer2DModelOutput(sample=[B, out_channels, height, width])`, or a tuple of the sample.
@@ -312,7 +322,8 @@ class Transformer(DiffusersModel):
         if self.use_additional_conditions:
             if added is None:
                 raise ValueError(
-                    "this model has micro-conditions: pass added_cond_kwargs={'resolution': [B, 2], 'aspect_ratio': [B, 1]}."
+                    "this model has micro-conditions: pass added_cond_kwargs={'resolution': [B, 2], "
+                    "'aspect_ratio': [B, 1]}."
                 )
             resolution, ratio = added.get("resolution"), added.get("aspect_ratio")
             if resolution is None:
@@ -331,22 +342,28 @@ class Transformer(DiffusersModel):
         final = self.adaln_out(F.silu(condition)).unflatten(1, (2, -1))
         return condition, final.chunk(2, dim=1)
 
-    def set_backend(self, backend: str) -> "Transformer":
-        """Choose who computes the operators: "auto", "reference" or one of `ops.BACKENDS`; an error if it cannot run here."""
-        if backend not in ops.BACKENDS:
-            raise ValueError(f"backend must be one of {', '.join(ops.BACKENDS)}, got {backend!r}.")
+    def set_backend(self, backend: str, *, op: str | None = None) -> "Transformer":
+        """Choose who computes one operator of `ops.OPS` (None: all), by a name of `ops.BACKENDS`; returns self.
+
+        Raises ValueError for another name; forward raises where the chosen backend cannot serve.
+        """
+        if backend not in ops.BACKENDS or op not in (None, *ops.OPS):
+            raise ValueError(
+                f"backend must be one of {', '.join(ops.BACKENDS)} and op one of {', '.join(ops.OPS)}, "
+                f"got {backend!r} and {op!r}."
+            )
         for module in self.modules():
-            if hasattr(module, "backend"):
+            if hasattr(module, "backend") and op in (None, module.op):
                 module.backend = backend
         return self
 
     @torch.no_grad()
     def initialize_weights(self, *, gate: float | None = None) -> "Transformer":
-        """The published initialisation for training from scratch; returns self.
+        """The published initialisation for training from scratch, after the constructor's; returns self.
 
-        Xavier-uniform linear layers with zero biases; N(0, 0.02) in the time and caption embeddings; zero output projections of
-        cross-attention, so that text enters gradually (PixArt-α section 2.3), and a zero final layer. In the ablation's
-        adaLN model the modulation starts at zero (DiT's adaLN-Zero).
+        Xavier-uniform linear layers with zero biases; N(0, 0.02) in the time and caption embeddings; zero output
+        projections of cross-attention, so that text enters gradually (PixArt-α section 2.3), and a zero final layer. In
+        the ablation's adaLN model the modulation starts at zero (DiT's adaLN-Zero).
 
         Args:
             gate: start every residual gate's table row at this value instead of N(0, 1/D); 1 lets a short training

@@ -71,7 +71,7 @@ class Checkpoints:
         if dist.get_rank() == 0:
             for stale in self.folder.glob(".partial_*"):
                 shutil.rmtree(stale)
-        dist.barrier()
+        self._require_space(engine, step)
         try:
             engine.save_checkpoint(str(partial), tag=TAG, client_state={"step": step}, save_latest=False)
         except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError of its zip writer
@@ -83,15 +83,31 @@ class Checkpoints:
                 self._commit(partial, target, step, engine)
             except OSError as error:
                 failures = [f"{type(error).__name__}: {error}"]
-        dist.broadcast_object_list(failures := failures[:1] if not any(failures) else [next(filter(None, failures))])
-        if failures[0]:
+        verdict = [next(filter(None, failures), None)]
+        dist.broadcast_object_list(verdict)
+        if verdict[0]:
             if dist.get_rank() == 0:
                 shutil.rmtree(partial, ignore_errors=True)
             raise UserError(
-                f"the checkpoint of step {step} could not be written to {self.folder} ({failures[0]}): "
+                f"the checkpoint of step {step} could not be written to {self.folder} ({verdict[0]}): "
                 "free space there and start again, the earlier checkpoints are untouched."
             )
         return target
+
+    def _require_space(self, engine, step: int) -> None:
+        """Refuse a save that will not fit, before any process waits for another in the middle of it."""
+        parameters = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())
+        need = 20 * parameters  # fp32 weights, two moments and average, and the model's own weights
+        free = [0]
+        if dist.get_rank() == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            free = [shutil.disk_usage(self.folder).free]
+        dist.broadcast_object_list(free)
+        if free[0] < need:
+            raise UserError(
+                f"the checkpoint of step {step} needs {need / 1e9:.1f} GB and {self.folder} has {free[0] / 1e9:.1f} "
+                "GB free: free space there and start again with the same command, the earlier ones are untouched."
+            )
 
     def _commit(self, partial: Path, target: Path, step: int, engine) -> None:
         files = sorted(path for path in partial.rglob("*") if path.is_file())
@@ -146,15 +162,15 @@ class Checkpoints:
         stage, processes = engine.zero_optimization_stage(), dist.get_world_size()
         if manifest["zero_stage"] != stage:
             raise UserError(
-                f"{path} was written with zero_stage={manifest['zero_stage']}: go on with that, or start another output from "
-                "its weights with init_from=."
+                f"{path} was written with zero_stage={manifest['zero_stage']}: go on with that, or start another "
+                "output from its final/ weights with init_from=."
             )
         if stage and manifest["processes"] != processes:
             was = manifest["processes"]
             raise UserError(
                 f"{path} holds ZeRO-{stage} shards of {was} process(es) and this run has {processes}: go on with {was} "
-                f"(deepspeed --num_gpus {was}), or let {was} finish early with steps={manifest['step']} and start another output "
-                "from the final/ folder with init_from=."
+                f"(deepspeed --num_gpus {was}), or let {was} finish early with steps={manifest['step']} and start "
+                "another output from the final/ folder with init_from=."
             )
         loaded, client_state = engine.load_checkpoint(str(path), tag=TAG)
         if loaded is None:

@@ -1,19 +1,21 @@
-"""Optimizers that carry the weights' moving average in their own state, so that ZeRO shards, offloads and saves it with the moments."""
+"""Optimizers that keep the weights' moving average in their state: ZeRO shards and saves it with the moments."""
 
 from collections.abc import Iterator
 
 import torch
-from deepspeed.utils import safe_get_full_optimizer_state
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 from torch import Tensor, nn
 from torch.optim import Optimizer as TorchOptimizer
 
-from train.settings import Optimizer, UserError
+from train.settings import Optimizer, Settings, UserError
 
 
 def with_ema(base: type[TorchOptimizer]) -> type[TorchOptimizer]:
-    """`base`, keeping `state[p]["ema"]`, an fp32 average of `p`: ema <- d·ema + (1 - d)·p after each step, d = group["ema_decay"].
+    """`base`, keeping `state[p]["ema"]`, an fp32 average of `p`: ema <- d·ema + (1 - d)·p after each step, d =
+    group["ema_decay"].
 
-    Under ZeRO `p` is this process's fp32 partition, so the average costs 4 bytes per parameter over all processes together.
+    Under ZeRO `p` is this process's fp32 partition, so the average costs 4 bytes per parameter over all processes
+    together.
     """
 
     class WithEMA(base):
@@ -44,7 +46,7 @@ class MuonAdamW(TorchOptimizer):
     """
 
     def __init__(self, matrices: list[nn.Parameter], others: list[nn.Parameter], settings: Optimizer, fused: bool):
-        self.muon = torch.optim.Muon(matrices, lr=settings.muon_lr, weight_decay=settings.weight_decay)
+        self.muon = torch.optim.Muon(matrices, lr=settings.muon_lr, weight_decay=0.0)
         self.adamw = torch.optim.AdamW(others, **_adamw_arguments(settings), fused=fused)
         super().__init__([*self.muon.param_groups, *self.adamw.param_groups], {})
         self._link()
@@ -69,17 +71,21 @@ def _adamw_arguments(settings: Optimizer) -> dict:
     }
 
 
-def build_optimizer(model: nn.Module, settings: Optimizer, *, device: torch.device, zero_stage: int, offload: bool):
+def build_optimizer(model: nn.Module, run: Settings, device: torch.device) -> TorchOptimizer:
     """The optimizer of a run, with its EMA. All weights decay, as published; groups remember `initial_lr`.
 
-    `implementation`: "auto" and "torch" take torch's AdamW, fused on CUDA; "deepspeed" DeepSpeed's FusedAdam, or CPUAdam under
-    offload (built on first use, minutes); "apex" NVIDIA apex's FusedAdam. Raises UserError where the choice cannot be had.
+    `implementation`: "auto" and "torch" take torch's AdamW, fused on CUDA; "deepspeed" DeepSpeed's FusedAdam, or
+    CPUAdam under offload (built on first use, minutes); "apex" NVIDIA apex's FusedAdam. Raises UserError where the
+    choice cannot be had.
     """
+    settings, offload = run.optimizer, run.offload
     parameters = [p for p in model.parameters() if p.requires_grad]
     fused = device.type == "cuda" and not offload
-    if settings.kind == "muon":
-        if zero_stage:
-            raise UserError("optimizer.kind=muon needs whole matrices, so zero_stage=0; with ZeRO choose optimizer.kind=adamw.")
+    if run.optimizer_kind() == "muon":
+        if run.zero_stage:
+            raise UserError(
+                "optimizer.kind=muon needs whole matrices, so zero_stage=0; with ZeRO choose optimizer.kind=adamw."
+            )
         if settings.implementation not in ("auto", "torch"):
             raise UserError("optimizer.kind=muon comes from torch: leave optimizer.implementation at auto.")
         matrices = [p for name, p in model.named_parameters() if _is_block_matrix(name, p)]
@@ -91,8 +97,8 @@ def build_optimizer(model: nn.Module, settings: Optimizer, *, device: torch.devi
             from apex.optimizers import FusedAdam
         except ImportError as error:
             raise UserError(
-                "optimizer.implementation=apex needs NVIDIA apex, built from its source (PyPI's `apex` is another project): "
-                "install it or choose optimizer.implementation=auto."
+                "optimizer.implementation=apex needs NVIDIA apex, built from its source (PyPI's `apex` is another "
+                "project): install it or choose optimizer.implementation=auto."
             ) from error
         optimizer = with_ema(FusedAdam)(parameters, adam_w_mode=True, **_adamw_arguments(settings))
     elif settings.implementation == "deepspeed":
@@ -115,7 +121,7 @@ def _is_block_matrix(name: str, parameter: Tensor) -> bool:
 
 
 def learning_rate_factor(step: int, steps: int, settings: Optimizer) -> float:
-    """What multiplies every group's learning rate at 0-based `step`: linear warm-up, then constant or cosine to zero."""
+    """What multiplies every learning rate at 0-based `step`: linear warm-up, then constant or cosine to zero."""
     if step < settings.warmup_steps:
         return (step + 1) / settings.warmup_steps
     if settings.schedule == "constant":
@@ -125,7 +131,8 @@ def learning_rate_factor(step: int, steps: int, settings: Optimizer) -> float:
 
 
 def set_step(optimizer, step: int, steps: int, settings: Optimizer) -> None:
-    """Learning rates and EMA decay of a 0-based step: functions of the step alone, so that nothing of them needs saving.
+    """Learning rates and EMA decay of a 0-based step: functions of the step alone, so that nothing of them needs
+    saving.
 
     The average warms up by (1 + step) / (10 + step), so that short runs do not average in their first weights.
     """
@@ -136,20 +143,28 @@ def set_step(optimizer, step: int, steps: int, settings: Optimizer) -> None:
 
 
 def full_ema(engine) -> Iterator[tuple[str, Tensor]]:
-    """`(name, fp32 average)` of every parameter, whole, one at a time: collective, every process must run it to the end."""
+    """`(name, fp32 average)` of every parameter, whole, one at a time; collective: every process runs it to the end.
+
+    Before the first update (fp16 may skip some while it finds its loss scale) the average is the weights.
+    """
     optimizer, state = engine.optimizer, engine.basic_optimizer.state
-    masters: dict[nn.Parameter, Tensor] = {}
+    started = any("ema" in entry for entry in state.values())
+
+    def average(master: Tensor) -> Tensor:
+        return state[master]["ema"] if started else master.detach()
+
+    whole: dict[nn.Parameter, Tensor] = {}
     if hasattr(optimizer, "fp32_groups_flat"):  # DeepSpeed's stage 0 with a fused optimizer: one flat tensor per group
         for params, flat in zip(optimizer.fp16_groups, optimizer.fp32_groups_flat, strict=True):
-            pieces = state[flat]["ema"].split([p.numel() for p in params])
-            masters.update({p: piece.view_as(p) for p, piece in zip(params, pieces, strict=True)})
+            pieces = average(flat).split([p.numel() for p in params])
+            whole.update({p: piece.view_as(p) for p, piece in zip(params, pieces, strict=True)})
     elif hasattr(optimizer, "fp32_groups"):  # its stage 0 in half precision: an fp32 copy of each parameter
         for params, copies in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
-            masters.update({p: state[copy]["ema"] for p, copy in zip(params, copies, strict=True)})
+            whole.update({p: average(copy) for p, copy in zip(params, copies, strict=True)})
     for name, p in engine.module.named_parameters():
-        if p in masters:
-            yield name, masters[p]
+        if p in whole:
+            yield name, whole[p]
         elif hasattr(p, "ds_id") or hasattr(p, "_hp_mapping"):
-            yield name, safe_get_full_optimizer_state(p, "ema")
+            yield name, safe_get_full_optimizer_state(p, "ema") if started else safe_get_full_fp32_param(p)
         else:
-            yield name, state[p]["ema"]
+            yield name, average(p)

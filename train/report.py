@@ -7,7 +7,7 @@ from typing import Any
 import matplotlib
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402  the backend comes first
+from matplotlib import pyplot as plt
 
 from train.monitor import EVALUATIONS, METRICS, read_rows
 
@@ -28,7 +28,7 @@ def plot_loss(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def plot_accuracy(rows: list[dict[str, Any]], path: Path) -> None:
-    """What the oracle finds right in new captions' pictures, over the steps; dashed: pairs that training never showed."""
+    """What the oracle finds right in pictures of new captions, over the steps; dashed: never-seen pairs."""
     figure, axes = plt.subplots(figsize=(7, 4))
     steps = [row["step"] for row in rows]
     for rate in (name for name in RATES if any(name in row["seen"] for row in rows)):
@@ -53,7 +53,13 @@ def write_report(output: Path, summary: dict[str, Any], grid: str | None) -> Non
         plot_loss(metrics, output / "loss.png")
         lines += ["", "![loss](loss.png)"]
     if summary.get("accuracy"):
-        lines += ["", "Captions whose picture is right, as the oracle reads it:", "", "| | new captions | never-seen pairs |", "|---|---|---|"]
+        lines += [
+            "",
+            "Captions whose picture is right, as the oracle reads it:",
+            "",
+            "| | new captions | never-seen pairs |",
+            "|---|---|---|",
+        ]
         seen, held_out = summary["accuracy"]["seen"], summary["accuracy"]["held_out"]
         lines += [f"| {rate.replace('_', ' ')} | {_rate(seen, rate)} | {_rate(held_out, rate)} |" for rate in RATES]
     evaluations = read_rows(output / EVALUATIONS)

@@ -1,4 +1,4 @@
-"""Pictures of a model in training: DPM-Solver++ with guidance over a source's probes, and grids of them with their captions."""
+"""Pictures of a model in training: DPM-Solver++ with guidance, and grids of them with their captions."""
 
 import textwrap
 from pathlib import Path
@@ -15,8 +15,11 @@ MICRO_BATCH = 96
 
 
 @torch.no_grad()
-def sample_latents(model, source: ScenesSource, text: Tensor, mask: Tensor, settings: Sampling, *, seed: int = 0) -> Tensor:
-    """Latents `[B, C, h, w]` for text `[B, L, C]`: `settings.steps` of DPM-Solver++ (order 2), classifier-free guidance.
+def sample_latents(
+    model, source: ScenesSource, text: Tensor, mask: Tensor, settings: Sampling, *, seed: int = 0
+) -> Tensor:
+    """Latents `[B, C, h, w]` for text `[B, L, C]`: `settings.steps` of DPM-Solver++ (order 2), classifier-free
+    guidance.
 
     The unconditional branch sees the empty caption with its own mask. Noise depends on `seed` and the row alone.
     """

@@ -58,9 +58,10 @@ class Diffusion(Section):
 
 
 class Optimizer(Section):
-    """`lr` and the rest are the paper's AdamW; `muon` orthogonalises the updates of the blocks' matrices (zero_stage=0 only)."""
+    """The paper's AdamW by default. "muon" orthogonalises the updates of the blocks' matrices, which needs them whole:
+    zero_stage=0; "auto" takes it there, and AdamW with ZeRO."""
 
-    kind: Literal["adamw", "muon"] = "adamw"
+    kind: Literal["adamw", "muon", "auto"] = "adamw"
     implementation: Literal["auto", "torch", "deepspeed", "apex"] = "auto"
     lr: PositiveFloat = 2e-5
     betas: tuple[float, float] = (0.9, 0.999)
@@ -107,19 +108,36 @@ class Settings(Section):
     resume: Literal["auto", "never"] = "auto"
     init_from: Path | None = None
 
+    def optimizer_kind(self) -> str:
+        """ "adamw" or "muon"."""
+        if self.optimizer.kind == "auto":
+            return "adamw" if self.zero_stage else "muon"
+        return self.optimizer.kind
+
     def rows_per_process(self, processes: int) -> int:
         """Rows of a micro-batch; every process runs `accumulation` of them per step."""
         parts = processes * self.accumulation
         if self.batch_size % parts:
             raise UserError(
-                f"batch_size {self.batch_size} does not divide by {processes} process(es) x accumulation {self.accumulation}: "
-                f"choose a multiple of {parts}."
+                f"batch_size {self.batch_size} does not divide by {processes} process(es) x accumulation "
+                f"{self.accumulation}: choose a multiple of {parts}."
             )
         return self.batch_size // parts
 
 
-# What may differ when a run goes on. `steps` bends a cosine schedule, nothing else here changes a number still to be computed.
-FREE_ON_RESUME = {"steps", "output", "resume", "log_every", "checkpoint_every", "keep_checkpoints", "sampling", "data.workers", "init_from"}
+# What may differ when a run goes on. `steps` bends a cosine schedule, nothing else here changes a number still to be
+# computed.
+FREE_ON_RESUME = {
+    "steps",
+    "output",
+    "resume",
+    "log_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "sampling",
+    "data.workers",
+    "init_from",
+}
 
 
 def load_settings(path: Path, overrides: list[str]) -> Settings:
@@ -128,8 +146,12 @@ def load_settings(path: Path, overrides: list[str]) -> Settings:
     Raises UserError, one sentence, for a missing file, an unknown key (with the nearest known one) or a bad value.
     """
     if not path.is_file():
-        known = ", ".join(sorted(str(file.relative_to(Path.cwd())) if file.is_relative_to(Path.cwd()) else str(file)
-                                 for file in CONFIGS.glob("*.yaml")))
+        known = ", ".join(
+            sorted(
+                str(file.relative_to(Path.cwd())) if file.is_relative_to(Path.cwd()) else str(file)
+                for file in CONFIGS.glob("*.yaml")
+            )
+        )
         raise UserError(f"no configuration {path}: the ones that come with the project are {known}.")
     try:
         values = yaml.safe_load(path.read_text()) or {}
@@ -208,6 +230,7 @@ def flatten(settings: Settings) -> dict[str, Any]:
 
 def changed_keys(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Keys whose change would make a continued run another run."""
+
     def free(key: str) -> bool:
         return key in FREE_ON_RESUME or key.partition(".")[0] in FREE_ON_RESUME
 

@@ -16,7 +16,7 @@ from train.data.scenes import BACKGROUNDS, CELL_SIZE, CELLS, COLOURS, SHAPES, SI
 
 BACKGROUND_TOLERANCE = 0.19  # distance in RGB of channels from 0 to 1: the closest two backgrounds are 0.39 apart
 COLOUR_TOLERANCE = 0.35
-MIN_PIXELS = 12  # the smallest shape covers 32
+MIN_PIXELS = 12  # the smallest shape covers 46
 MIN_OVERLAP = 0.5  # intersection over union with the best template, antialiased edges by their coverage
 
 _WINDOW = 20
@@ -116,14 +116,10 @@ def _read(picture: np.ndarray) -> Reading:
     is_object = (np.take_along_axis(along, colour[..., None], -1)[..., 0] > 0.5) & (beside.min(-1) < COLOUR_TOLERANCE)
     objects = []
     for number, colour_name in enumerate(_COLOUR_NAMES):
-        mask = is_object & (colour == number)
-        if mask.sum() < MIN_PIXELS:
-            continue
-        labels, count = ndimage.label(mask)
-        for label in range(1, count + 1):
+        labels, _ = ndimage.label(is_object & (colour == number))
+        areas = np.bincount(labels.ravel())
+        for label in np.flatnonzero(areas[1:] >= MIN_PIXELS) + 1:
             component = labels == label
-            if component.sum() < MIN_PIXELS:
-                continue
             edges_too = ndimage.binary_dilation(component, _NEIGHBOURS)
             seen = _match(colour_name, np.where(edges_too, along[..., number].clip(0, 1), 0))
             if seen is not None:

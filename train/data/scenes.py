@@ -28,7 +28,7 @@ COLOURS = {
 }
 BACKGROUNDS = {"black": (15, 15, 15), "grey": (128, 128, 128), "white": (245, 245, 245), "brown": (110, 75, 45)}
 SHAPES = ("circle", "square", "triangle", "cross")
-SIZES = {"small": 4.0, "large": 6.5}  # half the side of the bounding box, in pixels
+SIZES = {"small": 4.75, "large": 7.0}  # half the side of the bounding box, in pixels
 CELLS = ("top left", "top right", "bottom left", "bottom right")
 
 # Each shape and four of the six colours lose one combination: both halves of a held-out pair are learned elsewhere.

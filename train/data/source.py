@@ -1,8 +1,9 @@
-"""What the training loop needs of a data set: latents and ragged text by index, and probes that measure generated pictures.
+"""What the training loop needs of a data set: latents and ragged text by index, and probes that measure generated
+pictures.
 
-Everything random about a sample (timestep, noise, caption dropout) comes from a counter-based generator keyed by the run's seed and
-the sample's index. A step is therefore the same whatever the number of processes, accumulation steps or loader workers, and a
-resumed run needs no random state.
+Everything random about a sample (timestep, noise, caption dropout) comes from a counter-based generator keyed by the
+run's seed and the sample's index. A step is therefore the same whatever the number of processes, accumulation steps or
+loader workers, and a resumed run needs no random state.
 """
 
 from typing import NamedTuple
@@ -65,7 +66,7 @@ class ScenesSource:
         return self.autoencoder.encode(drawn.images), *self.encode_text(captions)
 
     def probe(self, split: str, count: int) -> Probe:
-        """The first captions of a split that training never shows: "seen" pairs of colour and shape, or "held_out" ones."""
+        """The first captions of a split that training never shows: "seen" (colour, shape) pairs or "held_out" ones."""
         drawn = Scenes(0, split=split).batch(range(count))
         return Probe(drawn.captions, drawn.scenes, *self.encode_text(drawn.captions))
 
@@ -107,8 +108,10 @@ class Steps(Dataset):
     def __getitem__(self, step: int) -> list[Batch]:
         settings = self.settings
         first = step * settings.batch_size + self.rank * settings.accumulation * self.rows
-        return [self.micro_batch(range(start, start + self.rows))
-                for start in range(first, first + settings.accumulation * self.rows, self.rows)]
+        return [
+            self.micro_batch(range(start, start + self.rows))
+            for start in range(first, first + settings.accumulation * self.rows, self.rows)
+        ]
 
     def micro_batch(self, indices: range) -> Batch:
         settings, source = self.settings, self.source

@@ -1,0 +1,125 @@
+"""A run that was killed goes on bit for bit; a kill at any moment leaves a checkpoint that loads."""
+
+import collections
+import json
+import shutil
+import signal
+
+import pytest
+from safetensors.torch import load_file
+
+from tests.runs import Processes, assert_same_state, finished, run, wait_for
+
+HALF, WHOLE = 4, 8
+
+
+def rows(output):
+    """Logged numbers that must not depend on when a run was interrupted."""
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [{key: row[key] for key in ("step", "loss", "mse", "vb", "grad_norm", "lr")} for row in lines]
+
+
+def steps_logged(output):
+    path = output / "metrics.jsonl"
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_killed_run_continues_bit_for_bit(tmp_path, zero_stage, processes):
+    options = [f"steps={WHOLE}", f"checkpoint_every={HALF}", f"zero_stage={zero_stage}", "model.dropout=0.1"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    uninterrupted = Processes(*options, f"output={whole}", processes=processes)
+    interrupted = Processes(*options, f"output={parts}", "log_every=1", processes=processes)
+    wait_for(lambda: steps_logged(parts) > HALF, interrupted)
+    interrupted.kill()
+    code, output = uninterrupted.wait()
+    assert code == 0, output[-3000:]
+    assert [path.name for path in (parts / "checkpoints").glob("step_*")] == [f"step_{HALF:08d}"], "killed too late"
+
+    resumed = finished(*options, f"output={parts}", processes=processes)
+    assert f"going on from step {HALF}" in resumed
+    assert rows(whole) == rows(parts)
+    assert_same_state(*(folder / "checkpoints" / f"step_{WHOLE:08d}" for folder in (whole, parts)))
+    ema = [load_file(folder / "final" / "diffusion_pytorch_model.safetensors") for folder in (whole, parts)]
+    assert all(ema[0][name].equal(ema[1][name]) for name in ema[0])
+
+
+def test_muon_continues_bit_for_bit(tmp_path):
+    options = ["steps=6", "checkpoint_every=3", "optimizer.kind=muon"]
+    finished(*options, f"output={tmp_path / 'whole'}")
+    parts = Processes(*options, f"output={tmp_path / 'parts'}")
+    wait_for(lambda: steps_logged(tmp_path / "parts") > 3, parts)
+    parts.kill()
+    finished(*options, f"output={tmp_path / 'parts'}")
+    assert rows(tmp_path / "whole") == rows(tmp_path / "parts")
+    assert_same_state(*(tmp_path / name / "checkpoints" / "step_00000006" for name in ("whole", "parts")))
+
+
+def test_kill_while_a_checkpoint_is_written(tmp_path):
+    options = ["steps=6", "checkpoint_every=2", "model.width=512", "model.heads=8", f"output={tmp_path}"]
+    checkpoints = tmp_path / "checkpoints"
+    process = Processes(*options)
+    wait_for(
+        lambda: (checkpoints / "step_00000002").exists() and any(checkpoints.glob(".partial_00000004/state/*")), process
+    )
+    process.kill()
+    assert not (checkpoints / "step_00000004").exists(), "killed too late to test anything"
+    assert "going on from step 2" in finished(*options)
+    assert not list(checkpoints.glob(".partial*"))
+
+
+def test_damaged_checkpoint_is_passed_over(tmp_path):
+    options = ["steps=6", "checkpoint_every=2", f"output={tmp_path}"]
+    finished(*options)
+    newest = tmp_path / "checkpoints" / "step_00000006"
+    weights = next((newest / "state").glob("*model_states.pt"))
+    content = bytearray(weights.read_bytes())
+    content[len(content) // 2] ^= 1
+    weights.write_bytes(content)
+    output = finished(*options)
+    assert "step_00000006 is damaged" in output and "going on from step 4" in output
+
+
+def test_keeps_the_last_checkpoints(tmp_path):
+    finished("steps=5", "checkpoint_every=1", "keep_checkpoints=3", f"output={tmp_path}")
+    assert [path.name for path in sorted((tmp_path / "checkpoints").iterdir())] == [
+        "step_00000003",
+        "step_00000004",
+        "step_00000005",
+    ]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_sigterm_saves_and_exits_cleanly(tmp_path, processes):
+    options = ["steps=100000", f"output={tmp_path}"]
+    run_ = Processes(*options, processes=processes)
+    wait_for(lambda: steps_logged(tmp_path) > 2, run_)
+    run_.send(signal.SIGTERM, rank=processes - 1)  # one process asked is enough
+    code, output = run_.wait()
+    assert code == 0, output[-3000:]
+    (checkpoint,) = (tmp_path / "checkpoints").iterdir()
+    step = int(checkpoint.name.removeprefix("step_"))
+    assert f"step {step} is saved" in output
+    assert rows(tmp_path)[-1]["step"] == step
+
+
+def test_other_number_of_processes(tmp_path):
+    options = ["steps=2", "zero_stage=1", f"output={tmp_path / 'zero'}"]
+    finished(*options, processes=2)
+    code, output = run(*options, "steps=4")
+    assert code == 2 and "go on with 2" in output and "Traceback" not in output
+
+    options = ["steps=2", "zero_stage=0", f"output={tmp_path / 'plain'}"]
+    finished(*options, processes=2)
+    assert "going on from step 2" in finished(*options, "steps=4")
+
+
+def _full_disk():
+    usage = collections.namedtuple("usage", "total used free")
+    shutil.disk_usage = lambda path: usage(10**6, 10**6 - 10, 10)
+
+
+def test_full_disk_is_refused_before_writing(tmp_path):
+    code, output = run("steps=2", f"output={tmp_path / 'run'}", before=_full_disk)
+    assert code == 2 and "GB free" in output and "Traceback" not in output
