@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from train.data.source import ScenesSource, Steps, draw, load_steps
+from train.data.source import Batch, ScenesSource, Steps, draw, load_steps
 from train.settings import DEFAULT, Diffusion, load_settings
 
 
@@ -36,7 +36,9 @@ def test_loader_starts_anywhere_with_any_workers(source):
     helped = list(load_steps(steps, 2, workers=2, pin=False))
     assert len(alone) == len(helped) == 3
     for mine, theirs in zip(alone, helped, strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(rows(mine), rows(theirs), strict=True))
+        for name, a, b in zip(Batch._fields, rows(mine), rows(theirs), strict=True):
+            # A worker encodes on one thread, whose sums round otherwise.
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-5 if name == "latents" else 0)
     assert torch.equal(rows(alone[0])[4], rows(steps[2])[4])
 
 
