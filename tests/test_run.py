@@ -1,5 +1,6 @@
 """`train/run.py`: every ZeRO stage and precision trains, and what goes wrong is said in a sentence."""
 
+import itertools
 import json
 import math
 import subprocess
@@ -190,12 +191,15 @@ def _infinite_learning_rate():
 def _broken_gradient():
     """The gradient that reaches one layer becomes infinite in step 2, with finite outputs everywhere."""
     forward = Transformer.forward
-    calls = iter(range(10**6))
+    steps = itertools.count(1)
+
+    def spoil(module, inputs, output):
+        if output.requires_grad:
+            output.register_hook(lambda gradient: gradient / 0)
 
     def broken(self, *args, **kwargs):
-        if next(calls) == 1:
-            layer = self.transformer_blocks[1].ff.net[2]
-            layer.register_forward_hook(lambda *call: call[-1].register_hook(lambda gradient: gradient / 0) and None)
+        if next(steps) == 2:
+            self.transformer_blocks[1].ff.net[2].register_forward_hook(spoil)
         return forward(self, *args, **kwargs)
 
     Transformer.forward = broken

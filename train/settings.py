@@ -125,8 +125,8 @@ class Settings(Section):
         return self.batch_size // parts
 
 
-# What may differ when a run goes on. `steps` bends a cosine schedule and workers, on one thread each, round latents their
-# own way; nothing else here changes a number that is still to be computed.
+# What may differ when a run goes on. `steps` bends a cosine schedule, and workers, on one thread each, round latents in
+# their own way; nothing else here changes a number that is still to be computed.
 FREE_ON_RESUME = {
     "steps",
     "output",
