@@ -7,6 +7,7 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_st
 from torch import Tensor, nn
 from torch.optim import Optimizer as TorchOptimizer
 
+from train.muon import Muon
 from train.settings import Optimizer, Settings, UserError
 
 
@@ -40,13 +41,13 @@ def with_ema(base: type[TorchOptimizer]) -> type[TorchOptimizer]:
 
 
 class MuonAdamW(TorchOptimizer):
-    """Muon (torch.optim.Muon) for the matrices of the blocks, AdamW for everything else, as one optimizer.
+    """Muon for the matrices of the blocks, AdamW for everything else, as one optimizer.
 
     Muon orthogonalises whole matrices, so no parameter may be flattened or split: ZeRO stage 0 only.
     """
 
     def __init__(self, matrices: list[nn.Parameter], others: list[nn.Parameter], settings: Optimizer, fused: bool):
-        self.muon = torch.optim.Muon(matrices, lr=settings.muon_lr, weight_decay=0.0)
+        self.muon = Muon(matrices, lr=settings.muon_lr)
         self.adamw = torch.optim.AdamW(others, **_adamw_arguments(settings), fused=fused)
         super().__init__([*self.muon.param_groups, *self.adamw.param_groups], {})
         self._link()
@@ -87,7 +88,7 @@ def build_optimizer(model: nn.Module, run: Settings, device: torch.device) -> To
                 "optimizer.kind=muon needs whole matrices, so zero_stage=0; with ZeRO choose optimizer.kind=adamw."
             )
         if settings.implementation not in ("auto", "torch"):
-            raise UserError("optimizer.kind=muon comes from torch: leave optimizer.implementation at auto.")
+            raise UserError("optimizer.kind=muon has one implementation: leave optimizer.implementation at auto.")
         matrices = [p for name, p in model.named_parameters() if _is_block_matrix(name, p)]
         chosen = {id(p) for p in matrices}
         others = [p for p in parameters if id(p) not in chosen]
