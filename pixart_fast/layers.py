@@ -55,7 +55,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(in_channels, dim, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, latents: Tensor) -> Tensor:
-        # contiguous: a LayerNorm over transposed tokens gives NaN gradients when compiled in bf16 on CPU (torch 2.13).
+        # Contiguous, or the residual stream would keep the convolution's layout, in which a token's values lie N apart.
         tokens = self.proj(latents).flatten(2).transpose(1, 2).contiguous()
         height, width = latents.shape[-2] // self.patch_size, latents.shape[-1] // self.patch_size
         position = sincos_2d(

@@ -58,9 +58,13 @@ def plain_attention(q, k, v, bias=None):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("B", "N", "D"), [(2, 1, 1152), (3, 63, 37), (2, 231, 1152)])
+@pytest.mark.parametrize(("B", "N", "D"), [(32, 1, 1152), (3, 63, 37), (2, 231, 1152)])
 def test_modulated_layernorm(B, N, D, dtype):
-    """Different modulation per sample, batch > 1: a published kernel was wrong there, its test having used batch 1."""
+    """Different modulation per sample, batch > 1: a published kernel was wrong there, its test having used batch 1.
+
+    At least 32 rows: the rounding of a row's two statistics moves all of it, so over 2 rows the ratio of RMS errors of
+    two equally accurate ways is a draw (0.98 in the mean over seeds, 1.45 at the worst).
+    """
     inputs = [randn(B, N, D, dtype=dtype), randn(B, D, dtype=dtype, seed=1), randn(B, D, dtype=dtype, seed=2)]
     dy = randn(B, N, D, dtype=dtype, seed=3)
     expected = with_gradients(layernorm_oracle, [t.double() for t in inputs], dy.double())
