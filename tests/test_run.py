@@ -96,7 +96,13 @@ def test_average_is_the_average_of_the_weights(tmp_path):
     """The EMA in the optimizer's state against one that is taken by hand of the weights of each step."""
     output = tmp_path / "run"
     finished(
-        "steps=4", "checkpoint_every=1", "keep_checkpoints=9", "zero_stage=0", "optimizer.lr=0.05", f"output={output}"
+        "steps=4",
+        "checkpoint_every=1",
+        "keep_checkpoints=9",
+        "zero_stage=0",
+        "optimizer.lr=0.05",
+        "optimizer.warmup_steps=0",
+        f"output={output}",
     )
     settings = load_settings(output / "config.yaml", [])
     average = build_model(settings, ScenesSource(settings.data, settings.seed)).state_dict()

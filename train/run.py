@@ -246,6 +246,7 @@ class Run:
             "images_per_second": median(row["images_per_second"] for row in read_rows(settings.output / METRICS)),
             "device": self.capability.device,
             "processes": self.processes,
+            "threads": torch.get_num_threads(),
             "precision": self.precision,
             "zero_stage": settings.zero_stage,
             "optimizer": settings.optimizer_kind(),
