@@ -59,16 +59,17 @@ def generate(model, source: ScenesSource, probe: Probe, settings: Sampling) -> T
 
 def save_grid(images: Tensor, captions: list[str], path: Path, *, columns: int = 6, tile: int = 160) -> None:
     """A PNG of pictures `[B, 3, H, W]` in [-1, 1], each with its caption under it."""
-    font, lines, line, pad = ImageFont.load_default(12), 4, 15, 8
+    font, line, pad = ImageFont.load_default(12), 15, 8
+    texts = [textwrap.wrap(caption, tile // 7) for caption in captions]
     rows = -(-len(images) // columns)
-    cell_width, cell_height = tile + pad, tile + lines * line + pad
+    cell_width, cell_height = tile + pad, tile + max(map(len, texts)) * line + pad
     grid = Image.new("RGB", (columns * cell_width + pad, rows * cell_height + pad), "white")
     pen = ImageDraw.Draw(grid)
     pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
-    for i, (picture, caption) in enumerate(zip(pixels, captions, strict=True)):
+    for i, (picture, text) in enumerate(zip(pixels, texts, strict=True)):
         x, y = pad + i % columns * cell_width, pad + i // columns * cell_height
         grid.paste(Image.fromarray(picture).resize((tile, tile), Image.Resampling.NEAREST), (x, y))
-        for row, words in enumerate(textwrap.wrap(caption, tile // 7)[:lines]):
+        for row, words in enumerate(text):
             pen.text((x, y + tile + 2 + row * line), words, fill="black", font=font)
     path.parent.mkdir(parents=True, exist_ok=True)
     grid.save(path)
