@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import deepspeed
 import torch
 
 from train.run import main
@@ -107,6 +108,11 @@ def finished(*overrides: str, **options) -> str:
     code, output = run(*overrides, **options)
     assert code == 0, output[-3000:]
     return output
+
+
+def allow_fp16() -> None:
+    """CPUs without fp16 instructions compute it all the same, slowly; DeepSpeed refuses them out of care."""
+    deepspeed.accelerator.get_accelerator().is_fp16_supported = lambda: True
 
 
 def wait_for(condition, processes: Processes, timeout: float = 120) -> None:

@@ -8,9 +8,9 @@ import signal
 import pytest
 from safetensors.torch import load_file
 
-from tests.runs import Processes, assert_same_state, finished, run, wait_for
+from tests.runs import Processes, allow_fp16, assert_same_state, finished, run, wait_for
 
-HALF, WHOLE = 4, 8
+HALF, WHOLE = 4, 16
 
 
 def rows(output):
@@ -24,36 +24,53 @@ def steps_logged(output):
     return len(path.read_text().splitlines()) if path.exists() else 0
 
 
+def kill_half_way(output, *options, **arrangement):
+    """Start a run, kill it some steps after its first checkpoint; returns the step it will go on from."""
+    interrupted = Processes(*options, f"output={output}", **arrangement)
+    wait_for(lambda: steps_logged(output) > HALF, interrupted)
+    interrupted.kill()
+    newest = max((output / "checkpoints").glob("step_*")).name
+    assert newest < f"step_{WHOLE:08d}", "killed too late"
+    return int(newest.removeprefix("step_"))
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
 def test_killed_run_continues_bit_for_bit(tmp_path, zero_stage, processes):
     options = [f"steps={WHOLE}", f"checkpoint_every={HALF}", f"zero_stage={zero_stage}", "model.dropout=0.1"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     uninterrupted = Processes(*options, f"output={whole}", processes=processes)
-    interrupted = Processes(*options, f"output={parts}", "log_every=1", processes=processes)
-    wait_for(lambda: steps_logged(parts) > HALF, interrupted)
-    interrupted.kill()
+    step = kill_half_way(parts, *options, processes=processes)
     code, output = uninterrupted.wait()
     assert code == 0, output[-3000:]
-    assert [path.name for path in (parts / "checkpoints").glob("step_*")] == [f"step_{HALF:08d}"], "killed too late"
 
     resumed = finished(*options, f"output={parts}", processes=processes)
-    assert f"going on from step {HALF}" in resumed
+    assert f"going on from step {step}" in resumed
     assert rows(whole) == rows(parts)
     assert_same_state(*(folder / "checkpoints" / f"step_{WHOLE:08d}" for folder in (whole, parts)))
     ema = [load_file(folder / "final" / "diffusion_pytorch_model.safetensors") for folder in (whole, parts)]
     assert all(ema[0][name].equal(ema[1][name]) for name in ema[0])
 
 
+@pytest.mark.parametrize(("precision", "zero_stage"), [("bf16", 0), ("bf16", 3), ("fp16", 0), ("fp16", 2)])
+def test_half_precision_continues_bit_for_bit(tmp_path, precision, zero_stage):
+    """The loss scaler too: fp16 starts at 65536, and is still finding its scale when the run is killed."""
+    before = allow_fp16 if precision == "fp16" else None
+    options = [f"steps={WHOLE}", f"checkpoint_every={HALF}", f"precision={precision}", f"zero_stage={zero_stage}"]
+    finished(*options, f"output={tmp_path / 'whole'}", before=before)
+    kill_half_way(tmp_path / "parts", *options, before=before)
+    finished(*options, f"output={tmp_path / 'parts'}", before=before)
+    assert rows(tmp_path / "whole") == rows(tmp_path / "parts")
+    assert_same_state(*(tmp_path / name / "checkpoints" / f"step_{WHOLE:08d}" for name in ("whole", "parts")))
+
+
 def test_muon_continues_bit_for_bit(tmp_path):
-    options = ["steps=6", "checkpoint_every=3", "optimizer.kind=muon"]
+    options = [f"steps={WHOLE}", f"checkpoint_every={HALF}", "optimizer.kind=muon"]
     finished(*options, f"output={tmp_path / 'whole'}")
-    parts = Processes(*options, f"output={tmp_path / 'parts'}")
-    wait_for(lambda: steps_logged(tmp_path / "parts") > 3, parts)
-    parts.kill()
+    kill_half_way(tmp_path / "parts", *options)
     finished(*options, f"output={tmp_path / 'parts'}")
     assert rows(tmp_path / "whole") == rows(tmp_path / "parts")
-    assert_same_state(*(tmp_path / name / "checkpoints" / "step_00000006" for name in ("whole", "parts")))
+    assert_same_state(*(tmp_path / name / "checkpoints" / f"step_{WHOLE:08d}" for name in ("whole", "parts")))
 
 
 def test_kill_while_a_checkpoint_is_written(tmp_path):
@@ -113,6 +130,13 @@ def test_other_number_of_processes(tmp_path):
     options = ["steps=2", "zero_stage=0", f"output={tmp_path / 'plain'}"]
     finished(*options, processes=2)
     assert "going on from step 2" in finished(*options, "steps=4")
+
+
+def test_a_finished_run_is_left_alone(tmp_path):
+    finished("steps=2", f"output={tmp_path}")
+    report = (tmp_path / "report.json").stat().st_mtime_ns
+    assert "this run is finished" in finished("steps=2", f"output={tmp_path}")
+    assert (tmp_path / "report.json").stat().st_mtime_ns == report
 
 
 def _full_disk():

@@ -14,7 +14,7 @@ from diffusers import PixArtTransformer2DModel
 from PIL import Image
 
 from pixart_fast import Transformer
-from tests.runs import ROOT, finished, free_port, run
+from tests.runs import ROOT, allow_fp16, finished, free_port, run
 from train.data.source import ScenesSource
 from train.settings import load_settings
 from train.start import build_model
@@ -26,11 +26,6 @@ def metrics(output: Path) -> list[dict]:
 
 def losses(output: Path) -> list[float]:
     return [row["loss"] for row in metrics(output)]
-
-
-def _allow_fp16():
-    """CPUs without fp16 instructions compute it all the same, slowly; DeepSpeed refuses them out of care."""
-    deepspeed.accelerator.get_accelerator().is_fp16_supported = lambda: True
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +68,7 @@ def test_arrangements_do_not_change_the_losses(plain, tmp_path, options):
 @pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precision(plain, tmp_path, precision, zero_stage):
-    before = _allow_fp16 if precision == "fp16" else None
+    before = allow_fp16 if precision == "fp16" else None
     output = tmp_path / "run"
     options = [f"precision={precision}", f"zero_stage={zero_stage}", f"output={output}", "optimizer.warmup_steps=1"]
     finished("steps=5", *options, before=before)

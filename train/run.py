@@ -75,6 +75,8 @@ class Run:
         """All steps that are left, then the report."""
         settings = self.settings
         step = self.resume()
+        if self.finished(step):
+            return
         monitor = self.open_monitor(step)
         dataset = Steps(self.source, settings, self.rank, self.processes)
         steps = load_steps(dataset, step, settings.data.workers, pin=self.device.type == "cuda")
@@ -105,6 +107,15 @@ class Run:
         if self.rank == 0:
             print(f"going on from step {step} ({found[0]}).", file=sys.stderr, flush=True)
         return step
+
+    def finished(self, step: int) -> bool:
+        """Whether nothing is left to do; rank 0 looks, and says so."""
+        report = self.settings.output / "report.md"
+        done = [self.rank == 0 and step >= self.settings.steps and report.exists()]
+        dist.broadcast_object_list(done)
+        if done[0] and self.rank == 0:
+            print(f"this run is finished, see {report}; more steps= go on with it, another output= starts anew.")
+        return done[0]
 
     def open_monitor(self, step: int) -> Monitor:
         config, tokens = self.model.config, (self.source.latent_size // self.settings.model.patch_size) ** 2
@@ -139,7 +150,7 @@ class Run:
         settings = self.settings
         set_step(self.engine.optimizer, step - 1, settings.steps, settings.optimizer)
         # For dropout, where the model has any; everything else random is keyed by the sample (train/data/source.py).
-        torch.manual_seed((settings.seed * settings.steps + step) * self.processes + self.rank)
+        torch.manual_seed(((settings.seed * 2**32 + step) * self.processes + self.rank) % 2**63)
         sums = torch.zeros(3, device=self.device)
         self.watch.clear()
         for i, batch in enumerate(batches, start=1):
@@ -163,8 +174,9 @@ class Run:
         norm = self.gradient_norm()
         self.engine.step()
         norm = float(self.engine.get_global_grad_norm() if norm is None else norm)
-        rate = max(group["lr"] for group in self.engine.optimizer.param_groups)
-        return {"loss": loss, "mse": mse, "vb": vb, "grad_norm": norm, "lr": rate}, stopping > 0
+        *matrices, rest = (group["lr"] for group in self.engine.optimizer.param_groups)
+        rates = {"lr": rest, "muon_lr": matrices[0]} if matrices else {"lr": rest}
+        return {"loss": loss, "mse": mse, "vb": vb, "grad_norm": norm, **rates}, stopping > 0
 
     def forward(self, batch: Batch, xt: torch.Tensor) -> torch.Tensor:
         return self.engine(
