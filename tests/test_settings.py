@@ -29,6 +29,7 @@ def test_overrides_reach_nested_keys_with_their_types():
         ("optimizer.learning_rate=1", "unknown key optimizer.learning_rate"),
         ("optimizer.lrr=1", "did you mean optimizer.lr?"),
         ("zero_stge=1", "did you mean zero_stage?"),
+        ("modle.size=B", "did you mean model?"),
         ("zero_stage=4", "zero_stage=4"),
         ("steps=many", "steps='many'"),
         ("steps=-1", "steps=-1"),

@@ -203,7 +203,8 @@ def _sentence(error: ValidationError) -> str:
     if first["type"] == "extra_forbidden":
         leaf = key.rsplit(".", 1)[-1]
         known = known_keys()
-        near = difflib.get_close_matches(key, known, n=1) or [
+        sections = [name.rpartition(".")[0] for name in known if "." in name]
+        near = difflib.get_close_matches(key, known + sections, n=1) or [
             name for name in known if difflib.get_close_matches(leaf, [name.rsplit(".", 1)[-1]], n=1)
         ]
         hint = f"did you mean {near[0]}?" if near else f"the known keys are {', '.join(known)}."
