@@ -26,7 +26,7 @@ class PatchEmbedder(nn.Module):
         self.proj = nn.Conv2d(in_channels, dim, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        # contiguous: a LayerNorm over transposed tokens gives NaN gradients when compiled in bf16 on CPU (torch 2.13).
+        # Contiguous, as in layers.PatchEmbed: a token's values lie next to each other.
         return self.proj(x).flatten(2).transpose(1, 2).contiguous()
 
 

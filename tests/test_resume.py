@@ -2,13 +2,16 @@
 
 import collections
 import json
+import os
 import shutil
 import signal
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from tests.runs import Processes, allow_fp16, assert_same_state, finished, run, wait_for
+from train.checkpoints import Checkpoints
 
 HALF, WHOLE = 4, 16
 
@@ -96,6 +99,26 @@ def test_damaged_checkpoint_is_passed_over(tmp_path):
     weights.write_bytes(content)
     output = finished(*options)
     assert "step_00000006 is damaged" in output and "going on from step 4" in output
+    # Written again, sound; the damaged one is kept for whoever wants to know.
+    assert Checkpoints.fault(newest) is None and (newest.parent / "damaged_step_00000006").is_dir()
+
+
+def _cut_short():
+    save = torch.save
+
+    def cut(value, path, *rest, **options):
+        save(value, path, *rest, **options)
+        os.truncate(path, os.path.getsize(path) - 30)
+
+    torch.save = cut
+
+
+def test_a_file_cut_short_is_no_checkpoint(tmp_path):
+    """What a full disk leaves: torch.save may lose its end without an error."""
+    finished("steps=2", f"output={tmp_path}")
+    code, output = run("steps=4", f"output={tmp_path}", before=_cut_short)
+    assert code == 2 and "is missing" in output and "Traceback" not in output, output[-2000:]
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000002"]
 
 
 def test_keeps_the_last_checkpoints(tmp_path):

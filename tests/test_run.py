@@ -178,6 +178,12 @@ def test_output_of_another_run_is_refused(plain, tmp_path):
     assert code == 2 and "holds a run with other seed" in output
     code, output = run("steps=5", "resume=never", f"output={plain}")
     assert code == 2 and "resume=auto" in output
+    record = plain / "config.yaml"
+    content = record.read_text()
+    record.write_text(content + "unheard_of: 1\n")
+    code, output = run("steps=5", f"output={plain}", processes=2)
+    record.write_text(content)
+    assert code == 2 and "unknown key unheard_of" in output and "Traceback" not in output
     (tmp_path / "letter.txt").write_text("mine")
     code, output = run("steps=5", f"output={tmp_path}")
     assert code == 2 and "is not empty" in output

@@ -33,6 +33,7 @@ def test_overrides_reach_nested_keys_with_their_types():
         ("zero_stage=4", "zero_stage=4"),
         ("steps=many", "steps='many'"),
         ("steps=-1", "steps=-1"),
+        ("seed=-1", "seed=-1"),
         ("batch_size", "is not key=value"),
         ("steps.more=1", "steps holds a value"),
         ("optimizer.ema=1.5", "optimizer.ema=1.5"),

@@ -3,13 +3,15 @@
     checkpoints/step_00001000/state/…          what DeepSpeed wrote
                               manifest.json    step, processes, ZeRO stage, every file's size and SHA-256
 
-A folder named step_* is complete by construction: it takes that name after everything in it has reached the disk.
+A folder named step_* is complete by construction: it takes that name after everything in it has reached the disk, and
+loses it before anything in it is deleted.
 """
 
 import hashlib
 import json
 import os
 import shutil
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +113,10 @@ class Checkpoints:
 
     def _commit(self, partial: Path, target: Path, step: int, engine) -> None:
         files = sorted(path for path in partial.rglob("*") if path.is_file())
+        for file in files:
+            # On a full disk torch.save may lose its last, buffered part without an error (torch 2.13).
+            if file.suffix == ".pt" and not zipfile.is_zipfile(file):
+                raise OSError(f"the end of {file.name} is missing")
         manifest = {
             "step": step,
             "processes": dist.get_world_size(),
@@ -119,15 +125,17 @@ class Checkpoints:
         }
         path = partial / MANIFEST
         path.write_text(json.dumps(manifest, indent=1))
-        _sync(path)
-        _sync(partial)
+        for written in (path, partial / TAG, partial):
+            _sync(written)
         os.rename(partial, target)
         _sync(self.folder)
         for old in self.all()[: -self.keep]:
-            shutil.rmtree(old)
+            doomed = old.rename(self.folder / f".partial_{old.name}")
+            shutil.rmtree(doomed)
 
     def newest_sound(self) -> tuple[Path, dict[str, Any]] | None:
-        """The newest checkpoint whose files match its manifest, passing over damaged ones with a word; rank 0 looks."""
+        """The newest checkpoint whose files match its manifest, or None. Rank 0 looks, and renames damaged ones to
+        damaged_step_*, so that the run can write that step again."""
         found: list[Any] = [None]
         if dist.get_rank() == 0:
             for path in reversed(self.all()):
@@ -135,7 +143,13 @@ class Checkpoints:
                 if fault is None:
                     found = [(path, json.loads((path / MANIFEST).read_text()))]
                     break
-                print(f"checkpoint {path.name} is damaged ({fault}); looking at the one before it.", flush=True)
+                aside = path.with_name(f"damaged_{path.name}")
+                shutil.rmtree(aside, ignore_errors=True)
+                path.rename(aside)
+                print(
+                    f"checkpoint {path.name} is damaged ({fault}), now {aside.name}; looking at the one before it.",
+                    flush=True,
+                )
         dist.broadcast_object_list(found)
         return found[0]
 

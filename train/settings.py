@@ -88,7 +88,7 @@ class Settings(Section):
     """One training run; the defaults are the paper's where it states a value, `configs/*.yaml` name the rest."""
 
     output: Path
-    seed: int = 0
+    seed: int = Field(0, ge=0)
     steps: PositiveInt
     batch_size: PositiveInt = Field(description="images per optimizer step, over all processes")
     accumulation: PositiveInt = 1

@@ -61,7 +61,10 @@ def claim(settings: Settings, rank: int) -> None:
         elif record.exists() and settings.resume == "never":
             verdict = [f"{output} holds a run already: choose another output=, or go on with it by resume=auto."]
         elif record.exists():
-            changed = changed_keys(flatten(load_settings(record, [])), flatten(settings))
+            try:
+                changed = changed_keys(flatten(load_settings(record, [])), flatten(settings))
+            except UserError as error:  # told to the other processes, which wait for the verdict
+                changed, verdict = [], [f"{record} is not this version's ({error}): choose another output=."]
             if changed:
                 verdict = [
                     f"{output} holds a run with other {', '.join(changed)}: choose another output= for this one."
