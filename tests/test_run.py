@@ -14,7 +14,7 @@ from diffusers import PixArtTransformer2DModel
 from PIL import Image
 
 from pixart_fast import Transformer
-from tests.runs import ROOT, allow_fp16, finished, free_port, run
+from tests.runs import ROOT, Processes, allow_fp16, finished, free_port, run
 from train.data.source import ScenesSource
 from train.settings import load_settings
 from train.start import build_model
@@ -181,9 +181,11 @@ def test_output_of_another_run_is_refused(plain, tmp_path):
     record = plain / "config.yaml"
     content = record.read_text()
     record.write_text(content + "unheard_of: 1\n")
-    code, output = run("steps=5", f"output={plain}", processes=2)
+    both = Processes("steps=5", f"output={plain}", processes=2)
+    code, output = both.wait()
     record.write_text(content)
-    assert code == 2 and "unknown key unheard_of" in output and "Traceback" not in output
+    assert code == 2 and "unknown key unheard_of" in output
+    assert not any("Traceback" in both.output(rank) for rank in (0, 1))
     (tmp_path / "letter.txt").write_text("mine")
     code, output = run("steps=5", f"output={tmp_path}")
     assert code == 2 and "is not empty" in output
