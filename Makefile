@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.torch_extensions
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: train test bench lint clean
+.PHONY: train test bench report lint clean
 .DEFAULT_GOAL := test
 
 train: .venv/package.stamp
@@ -22,6 +22,9 @@ test: .venv/package.stamp
 
 bench: .venv/package.stamp
 	$(BIN)/python -m pytest bench --benchmark-only $(ARGS)
+
+report: .venv/package.stamp
+	$(BIN)/python -m bench.report $(ARGS)
 
 lint: .venv/package.stamp
 	$(BIN)/ruff check .
@@ -45,13 +48,15 @@ clean:
 	test -x $(BIN)/pip || $$found -m venv $(if $(filter installed,$(TORCH)),--system-site-packages) .venv
 	@echo "Installing the pinned requirements into .venv: some minutes, once."
 	@$(if $(filter installed,$(TORCH)),,$(PIP) install $(TORCH))
-	@# The rest must not replace that PyTorch by another build.
-	@$(BIN)/python -c 'from importlib.metadata import version; print("torch==" + version("torch"))' > .venv/torch.txt
-	@grep -v '^torch==' requirements.txt > .venv/requirements.txt
+	@# The rest must not replace that PyTorch by another build, nor the Triton that a CUDA build came with.
+	@$(BIN)/python -c 'from importlib.metadata import distributions as found; \
+	  print(*sorted({d.name + "==" + d.version for d in found() if d.name in ("torch", "triton")}), sep="\n")' > .venv/torch.txt
+	@sed 's/==.*/==/; s/^/^/' .venv/torch.txt > .venv/kept.txt
+	@grep -v -f .venv/kept.txt requirements.txt > .venv/requirements.txt
 	@$(PIP) install -r .venv/requirements.txt -c .venv/torch.txt
 	@touch $@
 
-.venv/package.stamp: .venv/requirements.stamp setup.py pyproject.toml CMakeLists.txt $(wildcard kernels/cpu/*.cpp)
+.venv/package.stamp: .venv/requirements.stamp setup.py pyproject.toml CMakeLists.txt $(wildcard kernels/cpu/*)
 	@$(PIP) install --no-deps --no-build-isolation -e .
 	@$(BIN)/python -c 'from pixart_fast import ops; print("Installed.", "Note: " + ops.native_problem if ops.native_problem else "")'
 	@touch $@

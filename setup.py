@@ -62,7 +62,14 @@ setup(
     # pixart_fast/kernels is a link to kernels/. A top-level `kernels` must not be installed: that is Hugging Face's,
     # which diffusers and transformers import. A package_dir entry would do for a wheel, but an editable install cannot
     # find a package without __init__.py by it.
-    ext_modules=[Extension("pixart_fast.native", sources=["kernels/cpu/modulated_layernorm.cpp"], optional=True)],
+    ext_modules=[
+        Extension(
+            "pixart_fast.native",
+            sources=["kernels/cpu/cross_attention.cpp", "kernels/cpu/modulated_layernorm.cpp"],
+            depends=["kernels/cpu/simd.h"],
+            optional=True,
+        )
+    ],
     cmdclass={"build_ext": BuildNative},
     install_requires=[
         "torch>=2.11",

@@ -9,14 +9,66 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def modulated_layernorm(x: Tensor, shift: Tensor, scale: Tensor, *, eps: float = 1e-6) -> Tensor:
-    """LayerNorm(x) (1 + scale) + shift (adaLN: DiT 3.2, PixArt-α 2.3), in fp32 (fp64 for fp64 data), rounded once.
+def _wide(*tensors: Tensor) -> list[Tensor]:
+    """fp32, or fp64 where one of them is."""
+    dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+    return [t.to(dtype) for t in tensors]
 
-    x [B, N, D]; shift, scale [B, D] or [B, 1, D] -> [B, N, D] of x's dtype.
+
+def add_residual(x: Tensor, residual: Tensor | None, gate: Tensor | None) -> Tensor:
+    """x + gate · residual, rounded once; x itself without a residual, and the gate is 1 where there is none."""
+    if residual is None:
+        return x
+    if gate is None:
+        return x + residual
+    wide_x, wide_residual, gate = _wide(x, residual, gate.reshape(x.shape[0], 1, x.shape[2]))
+    return (wide_x + gate * wide_residual).to(x.dtype)
+
+
+def modulated_layernorm(
+    x: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    *,
+    residual: Tensor | None = None,
+    gate: Tensor | None = None,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
+    """x₁ = x + gate · residual and LayerNorm(x₁) (1 + scale) + shift (adaLN: DiT 3.2, PixArt-α 2.3).
+
+    x, residual [B, N, D]; shift, scale, gate [B, D] or [B, 1, D] -> x₁, y [B, N, D] of x's dtype, in fp32 (fp64 for
+    fp64 data) inside. LayerNorm sees the rounded x₁.
     """
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    shift, scale = (m.to(dtype).reshape(x.shape[0], 1, x.shape[2]) for m in (shift, scale))
-    return (F.layer_norm(x.to(dtype), x.shape[2:], eps=eps) * (1 + scale) + shift).to(x.dtype)
+    x1 = add_residual(x, residual, gate)
+    return x1, _modulate(x1, shift, scale, eps).to(x.dtype)
+
+
+def _modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+    wide, shift, scale = _wide(x, *(m.reshape(x.shape[0], 1, x.shape[2]) for m in (shift, scale)))
+    return F.layer_norm(wide, x.shape[2:], eps=eps) * (1 + scale) + shift
+
+
+def modulated_layernorm_quantized(
+    x: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    *,
+    dtype: torch.dtype,
+    residual: Tensor | None = None,
+    gate: Tensor | None = None,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `modulated_layernorm`, y as int8 or float8_e4m3fn with one fp32 scale per row: y · scale [B, N] is its value.
+
+    A row's largest magnitude becomes 127, or 448 in fp8; a row of zeros has scale 1.
+    """
+    x1 = add_residual(x, residual, gate)
+    y = _modulate(x1, shift, scale, eps)
+    largest = torch.iinfo(dtype).max if dtype == torch.int8 else torch.finfo(dtype).max
+    y_scale = y.abs().amax(-1) / largest
+    y_scale = torch.where(y_scale == 0, 1, y_scale)
+    y = y / y_scale[..., None]
+    return x1, (y.round() if dtype == torch.int8 else y).to(dtype), y_scale.float()
 
 
 def self_attention(q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None = None) -> Tensor:
@@ -56,3 +108,13 @@ def drop_padding(k: Tensor, v: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor,
     removed = (position >= lengths.clamp(min=1)[:, None])[:, None, None, :]
     bias = torch.zeros_like(removed, dtype=k.dtype).masked_fill(removed, float("-inf"))
     return k.masked_fill(padding, 0), v.masked_fill(padding, 0), bias
+
+
+def gated_linear(x: Tensor, gate: Tensor, a: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x + gate · (a Wᵀ + b): x [B, N, D], gate [B, D] or [B, 1, D], a [B, N, K], weight [D, K] -> [B, N, D]"""
+    return x + gate.reshape(x.shape[0], 1, x.shape[2]) * F.linear(a, weight, bias)
+
+
+def linear_gelu(a: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """GELU(a Wᵀ + b) in its tanh approximation: a [B, N, K], weight [M, K] -> [B, N, M]"""
+    return F.gelu(F.linear(a, weight, bias), approximate="tanh")

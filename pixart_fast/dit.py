@@ -100,11 +100,11 @@ class DiTBlock(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        rows = self.adaLN_modulation(c)[:, None].chunk(6, dim=-1)  # six of [B, 1, D]
+        rows = self.adaLN_modulation(c).chunk(6, dim=-1)  # six of [B, D]
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = rows
-        x = x + gate_msa * self.attn(ops.modulated_layernorm(x, shift_msa, scale_msa, eps=1e-6))  # [B, N, D]
-        x = x + gate_mlp * self.mlp(ops.modulated_layernorm(x, shift_mlp, scale_mlp, eps=1e-6))  # [B, N, D]
-        return x
+        _, y = ops.modulated_layernorm(x, shift_msa, scale_msa, eps=1e-6)  # [B, N, D]
+        x, y = ops.modulated_layernorm(x, shift_mlp, scale_mlp, residual=self.attn(y), gate=gate_msa, eps=1e-6)
+        return x + gate_mlp[:, None] * self.mlp(y)  # [B, N, D]
 
 
 class FinalLayer(nn.Module):
@@ -116,8 +116,8 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        shift, scale = self.adaLN_modulation(c)[:, None].chunk(2, dim=-1)
-        return self.linear(ops.modulated_layernorm(x, shift, scale, eps=1e-6))
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=-1)
+        return self.linear(ops.modulated_layernorm(x, shift, scale, eps=1e-6)[1])
 
 
 class DiT(nn.Module):

@@ -1,7 +1,7 @@
 """`python -m pixart_fast.env [--json]`: everything a bug report needs, ready to paste.
 
-Versions, devices with their capability, the backend of every operator and why it was chosen, the native operators, and
-the optional packages that were found. It names no folder of the machine.
+Versions, devices with their capability, the backend of every operator and why it was chosen, the kernels, and the
+optional packages that were found. It names no folder of the machine.
 """
 
 import argparse
@@ -125,7 +125,7 @@ def report() -> dict[str, dict[str, str]]:
         "versions": versions(),
         "devices": devices(),
         f"backends on {device}": backends(device),
-        "native operators": {"native.so": ops.native_problem or "loaded"},
+        "kernels": {"native.so": ops.native_problem or "loaded", "Triton": ops.triton_problem or "loaded"},
         "optional packages": optional_packages(),
     }
 

@@ -12,6 +12,8 @@ from torch.nn import functional as F
 
 from pixart_fast import ops
 
+KeysValues = tuple[Tensor, Tensor]  # of one cross-attention layer, [B, L, H, d] each
+
 
 def sincos_2d(height: int, width: int, dim: int, *, base_size: int, scale: float, device: torch.device) -> Tensor:
     """Sine-cosine position embedding of a height × width token grid: fp32 `[height * width, dim]`.
@@ -137,13 +139,11 @@ class Attention(nn.Module):
     recorded the separate ones still serve.
     """
 
-    op: str
     fused_names: tuple[str, ...]
 
     def __init__(self, dim: int, context_dim: int, heads: int, head_dim: int, *, bias: bool, dropout: float):
         super().__init__()
         self.heads = heads
-        self.backend = "auto"
         inner = heads * head_dim
         self.to_q = nn.Linear(dim, inner, bias=bias)
         self.to_k = nn.Linear(context_dim, inner, bias=bias)
@@ -171,28 +171,85 @@ class Attention(nn.Module):
             projected = F.linear(x, self.fused_weight, self.fused_bias).chunk(len(self.fused_names), dim=-1)
         return tuple(part.unflatten(-1, (self.heads, -1)) for part in projected)
 
-    def merge_heads(self, o: Tensor) -> Tensor:
+    def out(self, o: Tensor) -> Tensor:
         projection, dropout = self.to_out
-        return dropout(projection(o.flatten(2)))
+        return dropout(projection(o))
 
 
 class SelfAttention(Attention):
-    op = "self_attention"
     fused_names = ("to_q", "to_k", "to_v")
 
-    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        q, k, v = self.project(x)
-        return self.merge_heads(ops.self_attention(q, k, v, bias=bias, backend=self.backend))
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.backends = {"self_attention": "auto", "gated_linear": "auto"}
+
+    def attend(self, y: Tensor, bias: Tensor | None) -> Tensor:
+        q, k, v = self.project(y)
+        return ops.self_attention(q, k, v, bias=bias, backend=self.backends["self_attention"]).flatten(2)
+
+    def forward(self, y: Tensor, bias: Tensor | None = None) -> Tensor:
+        return self.out(self.attend(y, bias))
+
+    def onto(self, x: Tensor, gate: ops.Row, y: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x + gate · attention(y); projection, gate and sum are one kernel where that serves."""
+        o = self.attend(y, bias)
+        fused = gated_linear(x, gate, o, self.to_out[0], self.backends["gated_linear"])
+        return x + gate.total() * self.out(o) if fused is None else fused
 
 
 class CrossAttention(Attention):
-    op = "cross_attention"
     fused_names = ("to_k", "to_v")
 
-    def forward(self, x: Tensor, text: Tensor, lengths: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.backends = {"cross_attention": "auto"}
+
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor | KeysValues,
+        lengths: Tensor | None = None,
+        bias: Tensor | None = None,
+    ) -> Tensor:
         q = self.to_q(x).unflatten(-1, (self.heads, -1))
-        k, v = self.project(text)
-        return self.merge_heads(ops.cross_attention(q, k, v, lengths=lengths, bias=bias, backend=self.backend))
+        k, v = self.project(context) if isinstance(context, Tensor) else context
+        backend = self.backends["cross_attention"]
+        return self.out(ops.cross_attention(q, k, v, lengths=lengths, bias=bias, backend=backend).flatten(2))
+
+
+def keys_values(text: Tensor, layers: list[CrossAttention]) -> list[Tensor | KeysValues]:
+    """What each cross-attention layer attends to: its keys and values, by one matrix product for all layers.
+
+    text `[B, L, D]` -> per layer k, v `[B, L, H, d]`, views of one tensor. The weights are joined for the occasion,
+    which moves them once: little beside the product, and nothing to keep in step with training. Where a projection is
+    more than a linear layer (an adapter, a quantised or a partitioned weight) every layer gets the text, and projects
+    it itself.
+    """
+    projections = [projection for layer in layers for projection in (layer.to_k, layer.to_v)]
+    if not all(is_plain(projection) for projection in projections):
+        return [text] * len(layers)
+    weight = torch.cat([projection.weight for projection in projections])
+    bias = None if projections[0].bias is None else torch.cat([projection.bias for projection in projections])
+    joined = F.linear(text, weight, bias).unflatten(-1, (len(layers), 2, layers[0].heads, -1))
+    return [tuple(pair.unbind(2)) for pair in joined.unbind(2)]
+
+
+def gated_linear(x: Tensor, gate: ops.Row, a: Tensor, projection: nn.Linear, backend: str) -> Tensor | None:
+    """x + gate · projection(a) as one operator of inference, or None where that does not serve."""
+    if is_plain(projection) and ops.fuses("gated_linear", backend, a, projection.weight):
+        return ops.gated_linear(x, gate, a, projection.weight, projection.bias, backend=backend)
+    return None
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether a linear layer's product can be taken without calling it: no adapter, hook, offloading or partition."""
+    return (
+        type(module) is nn.Linear
+        and "forward" not in vars(module)
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+        and module.weight.numel() > 0
+    )
 
 
 class GELU(nn.Module):
@@ -202,8 +259,12 @@ class GELU(nn.Module):
         super().__init__()
         self.approximate = "none" if exact else "tanh"
         self.proj = nn.Linear(dim, inner)
+        self.backends = {"linear_gelu": "auto"}
 
     def forward(self, x: Tensor) -> Tensor:
+        tanh, backend = self.approximate == "tanh", self.backends["linear_gelu"]
+        if tanh and is_plain(self.proj) and ops.fuses("linear_gelu", backend, x, self.proj.weight):
+            return ops.linear_gelu(x, self.proj.weight, self.proj.bias, backend=backend)
         return F.gelu(self.proj(x), approximate=self.approximate)
 
 
@@ -213,11 +274,19 @@ class FeedForward(nn.Module):
     def __init__(self, dim: int, *, exact_gelu: bool, dropout: float):
         super().__init__()
         self.net = nn.ModuleList([GELU(dim, 4 * dim, exact_gelu), nn.Dropout(dropout), nn.Linear(4 * dim, dim)])
+        self.backends = {"gated_linear": "auto"}
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, y: Tensor) -> Tensor:
         for layer in self.net:
-            x = layer(x)
-        return x
+            y = layer(y)
+        return y
+
+    def onto(self, x: Tensor, gate: ops.Row, y: Tensor) -> Tensor:
+        """x + gate · mlp(y); the last projection, gate and sum are one kernel where that serves."""
+        gelu, dropout, projection = self.net
+        u = dropout(gelu(y))
+        fused = gated_linear(x, gate, u, projection, self.backends["gated_linear"])
+        return x + gate.total() * projection(u) if fused is None else fused
 
 
 def unpatchify(tokens: Tensor, height: int, width: int, patch_size: int) -> Tensor:

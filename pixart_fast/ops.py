@@ -1,14 +1,18 @@
 """The operators of the model, and the one place that decides which kernel runs them.
 
-    modulated_layernorm   LayerNorm(x) (1 + scale) + shift            x [B, N, D]
+    modulated_layernorm   x₁ = x + gate · h;  LayerNorm(x₁) (1 + scale) + shift   x, h [B, N, D]
     self_attention        softmax(q kᵀ / √d + bias) v                 q, k, v [B, N, H, d]
     cross_attention       the same, image to ragged caption           q [B, N, H, d]   k, v [B, L, H, d]   lengths [B]
+    gated_linear          x + gate · (a Wᵀ + b)                       x [B, N, D]   a [B, N, K]
+    linear_gelu           GELU(a Wᵀ + b)                              a [B, N, K]
 
 Every operator takes `backend`: "auto" decides by device capability (`resolve` says what and why, and
-`python -m pixart_fast.env` prints it); a name insists on that backend and raises if it cannot serve. Nothing here reads
-the environment or touches a device at import.
+`python -m pixart_fast.env` prints it); a name insists on that backend and raises if it cannot serve. "reference" is
+plain PyTorch, "cpu" the native C++ of `kernels/cpu`, "triton" the kernels of `kernels/*.py`; self-attention also has
+"cudnn" and "flash_attn". Nothing here reads the environment or touches a device at import.
 """
 
+import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -16,16 +20,35 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pixart_fast.kernels import reference
+from pixart_fast.operators import LIBRARY
 
-OPS = ("modulated_layernorm", "self_attention", "cross_attention")
-BACKENDS = ("auto", "reference", "cpu")
+OPS = ("modulated_layernorm", "self_attention", "cross_attention", "gated_linear", "linear_gelu")
+BACKENDS = ("auto", "reference", "cpu", "triton", "cudnn", "flash_attn")
+SERVED_BY = {
+    "cpu": ("modulated_layernorm", "self_attention", "cross_attention"),
+    "triton": ("modulated_layernorm", "cross_attention", "gated_linear", "linear_gelu"),
+    "cudnn": ("self_attention",),
+    "flash_attn": ("self_attention",),
+}
 
 
 class Choice(NamedTuple):
     name: str
     reason: str
+
+
+class Row(NamedTuple):
+    """One modulation: what the sample brings plus what the block adds, S̄ + E⁽ⁱ⁾ (PixArt-α section 2.3)."""
+
+    sample: Tensor  # [B, D]
+    table: Tensor | None = None  # [D]
+
+    def total(self) -> Tensor:
+        """The sum `[B, 1, D]`."""
+        return (self.sample if self.table is None else self.sample + self.table)[:, None]
 
 
 @dataclass(frozen=True)
@@ -48,6 +71,12 @@ def capability(device: torch.device | str) -> Capability:
     return Capability(torch.cuda.get_device_name(device), sm, sm >= (8, 0), sm >= (8, 0))
 
 
+@torch.compiler.assume_constant_result
+def _sm(index: int | None) -> tuple[int, int]:
+    """The compute capability of a CUDA device, a constant to compiled graphs."""
+    return torch.cuda.get_device_capability(index)
+
+
 def precision_for(capability: Capability) -> str:
     """The training precision that a device is fastest at without losing accuracy: "bf16", "fp16" or "fp32"."""
     if capability.sm is None or capability.sm < (7, 0):
@@ -56,12 +85,12 @@ def precision_for(capability: Capability) -> str:
 
 
 def attention_kernel(capability: Capability) -> str:
-    """The kernel that scaled_dot_product_attention takes on a device, for maskless heads of 72 in half precision."""
+    """The kernel that "auto" takes for maskless self-attention with heads of 72 in half precision."""
     if capability.sm is None:
-        return "flash (CPU)" if capability.device == "cpu" else "math"
+        return "native C++, else flash (CPU)" if capability.device == "cpu" else "math"
     if not capability.has_flash_attention:
         return "memory-efficient"
-    return "flash" if capability.sm < (9, 0) else "cuDNN or flash, in PyTorch's order"
+    return "flash" if capability.sm < (9, 0) else "cuDNN, else flash"
 
 
 def _load_native() -> str | None:
@@ -69,6 +98,10 @@ def _load_native() -> str | None:
     library = Path(__file__).with_name("native.so")
     if not library.exists():
         return "the native operators are not built (run `pip install --no-build-isolation -e .` with a C++ compiler)"
+    # Operators of another schema than the one in operators.py would end the process while they load.
+    sources = Path(__file__).with_name("kernels").glob("cpu/*")
+    if any(source.stat().st_mtime > library.stat().st_mtime for source in sources):
+        return "the native operators are older than their sources; run `pip install --no-build-isolation -e .` again"
     try:
         torch.ops.load_library(library)
     except OSError as error:
@@ -77,18 +110,102 @@ def _load_native() -> str | None:
     return None
 
 
-native_problem = _load_native()
+def _register_triton() -> tuple[str | None, str]:
+    """Registers the Triton kernels; returns what is wrong with them, or None, and the type of device that they serve.
+
+    That is "cuda", or "cpu" where Triton interprets its kernels instead of compiling them (TRITON_INTERPRET=1).
+    """
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (`pip install triton`)", "cuda"
+    import triton
+
+    from pixart_fast.kernels import cross_attention, linear, modulated_layernorm
+
+    device = "cpu" if triton.knobs.runtime.interpret else "cuda"
+    for name, kernel in {
+        "modulated_layernorm": modulated_layernorm.forward,
+        "modulated_layernorm_backward": modulated_layernorm.backward,
+        "modulated_layernorm_quantized": modulated_layernorm.forward_quantized,
+        "cross_attention": cross_attention.forward,
+        "cross_attention_backward": cross_attention.backward,
+        "gated_linear": linear.gated_linear,
+        "linear_gelu": linear.linear_gelu,
+    }.items():
+        LIBRARY.impl(name, kernel, device.upper())
+    return None, device
 
 
-def _cpu_problem(op: str, device: torch.device, dtype: torch.dtype | None) -> str | None:
-    """Why the native CPU operators cannot serve, or None."""
-    if op != "modulated_layernorm":
-        return "it has no native CPU operator"
+triton_problem, triton_device = _register_triton()
+native_problem = (
+    _load_native() if triton_device != "cpu" else "Triton's interpreter has the operators (TRITON_INTERPRET=1 is set)"
+)
+
+# The largest N · L of an attention measured on a CPU: the native operator led scaled_dot_product_attention by 1.2
+# to 3.5 times in fp32 and bf16 up to here, one core, but for what `_plain_products` says.
+MEASURED_SCORES = 1024 * 1024
+
+
+def _plain_products(op: str, dtype: torch.dtype | None, needs_grad: bool, scores: int) -> bool:
+    """bf16 self-attention in training on a CPU: oneDNN's products lead by 1.12 to 1.16 in a middle range of tokens."""
+    middle = 16 * 16 < scores <= 256 * 256
+    return op == "self_attention" and dtype == torch.bfloat16 and needs_grad and middle
+
+
+def _cpu_problem(device: torch.device, dtype: torch.dtype | None) -> str | None:
     if device.type != "cpu":
         return f"the data is on {device}"
     if dtype not in (None, torch.float32, torch.bfloat16):
         return f"it takes float32 and bfloat16, not {dtype}"
     return native_problem
+
+
+def _triton_problem(op: str, device: torch.device, dtype: torch.dtype | None, needs_grad: bool) -> str | None:
+    if triton_problem is not None:
+        return triton_problem
+    if device.type != triton_device:
+        return f"the data is on {device}"
+    if dtype not in (None, torch.float32, torch.float16, torch.bfloat16):
+        return f"it takes float32, float16 and bfloat16, not {dtype}"
+    if needs_grad and op in ("gated_linear", "linear_gelu"):
+        return "it has no backward: it serves inference"
+    if device.type == "cpu":
+        return None
+    sm = _sm(device.index)
+    if sm < (7, 0) or (sm < (8, 0) and op != "modulated_layernorm"):
+        return f"sm_{sm[0]}{sm[1]} has no tensor cores that Triton can use" if sm >= (7, 0) else "Triton needs sm_70"
+    return None
+
+
+def flash_attn_version() -> int | None:
+    """The flash-attn that is installed: 3 (`flash_attn_interface`, Hopper) before 2 (`flash_attn`), or None."""
+    if importlib.util.find_spec("flash_attn_interface") is not None:
+        return 3
+    return 2 if importlib.util.find_spec("flash_attn") is not None else None
+
+
+def _library_problem(backend: str, device: torch.device, dtype: torch.dtype | None) -> str | None:
+    if device.type != "cuda":
+        return f"the data is on {device}"
+    if _sm(device.index) < (8, 0):
+        return "it needs an NVIDIA GPU of sm_80 or later"
+    if dtype not in (None, torch.float16, torch.bfloat16):
+        return f"it takes float16 and bfloat16, not {dtype}"
+    if backend == "flash_attn" and flash_attn_version() is None:
+        return "flash-attn is not installed"
+    return None
+
+
+def _problem(
+    op: str, backend: str, device: torch.device, dtype: torch.dtype | None = None, needs_grad: bool = False
+) -> str | None:
+    """Why a backend cannot serve, or None."""
+    if op not in SERVED_BY[backend]:
+        return f"it has no such kernel; backend {backend!r} serves {', '.join(SERVED_BY[backend])}"
+    if backend == "cpu":
+        return _cpu_problem(device, dtype)
+    if backend == "triton":
+        return _triton_problem(op, device, dtype, needs_grad)
+    return _library_problem(backend, device, dtype)
 
 
 def resolve(
@@ -98,8 +215,9 @@ def resolve(
     *,
     dtype: torch.dtype | None = None,
     needs_grad: bool = False,
+    scores: int | None = None,
 ) -> Choice:
-    """The backend that `op` runs on, and the reason.
+    """The backend that `op` runs on, and the reason. `scores` is N · L of an attention, where that is known.
 
     Raises ValueError for an unknown op or backend, and RuntimeError for a requested backend that cannot serve: it never
     falls back silently.
@@ -109,41 +227,144 @@ def resolve(
     device = torch.device(device)
     if backend == "reference":
         return Choice("reference", "requested")
-    problem = _cpu_problem(op, device, dtype)
-    if backend == "cpu":
+    if backend != "auto":
+        problem = _problem(op, backend, device, dtype, needs_grad)
         if problem is not None:
-            raise RuntimeError(f"{op} cannot run on backend 'cpu': {problem}; backend='auto' takes what is available")
-        return Choice("cpu", "requested")
+            raise RuntimeError(
+                f"{op} cannot run on backend {backend!r}: {problem}; backend='auto' takes what is available"
+            )
+        return Choice(backend, "requested")
+    if device.type == "cuda":
+        return _auto_on_cuda(op, device, dtype, needs_grad)
+    if device.type == "cpu":
+        return _auto_on_cpu(op, device, dtype, needs_grad, scores)
+    return Choice("reference", f"no kernel of ours runs on {device.type}")
+
+
+def _auto_on_cuda(op: str, device: torch.device, dtype: torch.dtype | None, needs_grad: bool) -> Choice:
+    sm = _sm(device.index)
+    if op == "self_attention":
+        # Published (not measured here): on Hopper 1.7 to 2.3 times PyTorch's default, on Ampere 0.8 of it.
+        if sm >= (9, 0) and _problem(op, "cudnn", device, dtype) is None:
+            return Choice("cudnn", f"cuDNN's attention leads on sm_{sm[0]}{sm[1]}")
+        return Choice("reference", "scaled_dot_product_attention")
+    problem = _problem(op, "triton", device, dtype, needs_grad)
+    if problem is not None:
+        return Choice("reference", problem)
+    return Choice("triton", f"one fused kernel on sm_{sm[0]}{sm[1]}")
+
+
+def _auto_on_cpu(
+    op: str, device: torch.device, dtype: torch.dtype | None, needs_grad: bool, scores: int | None
+) -> Choice:
     if torch.compiler.is_compiling():
         return Choice("reference", "torch.compile fuses plain PyTorch with its neighbours")
-    if op != "modulated_layernorm":
-        return Choice("reference", "scaled_dot_product_attention")
-    if problem is None and needs_grad:
-        # B 4, N 256, D 1152 on one core: 10.3 ms forward and backward against 6.7, for the backward is plain PyTorch.
-        return Choice("reference", "gradients are needed, and the native operator is native in the forward only")
-    return Choice("reference", problem) if problem else Choice("cpu", "native operator, eager inference on the CPU")
+    if op not in SERVED_BY["cpu"]:
+        return Choice("reference", "the matrix product is the library's")
+    problem = _problem(op, "cpu", device, dtype)
+    if problem is not None:
+        return Choice("reference", problem)
+    if op == "modulated_layernorm":
+        return Choice("cpu", "native operator, one pass over memory")
+    if scores is not None and scores > MEASURED_SCORES:
+        return Choice("reference", f"scaled_dot_product_attention: N * L is above {MEASURED_SCORES}")
+    if scores is not None and _plain_products(op, dtype, needs_grad, scores):
+        return Choice("reference", "plain matrix products")
+    return Choice("cpu", f"native operator, N * L up to {MEASURED_SCORES}")
 
 
-def modulated_layernorm(x: Tensor, shift: Tensor, scale: Tensor, *, eps: float = 1e-6, backend: str = "auto") -> Tensor:
-    """LayerNorm(x) (1 + scale) + shift, one modulation per sample (adaLN: DiT 3.2, PixArt-α 2.3).
+def fuses(op: str, backend: str, a: Tensor, weight: Tensor) -> bool:
+    """Whether a linear operator of inference runs on one of our kernels; not where autocast is to choose the dtypes."""
+    if torch.is_grad_enabled() or torch.is_autocast_enabled(a.device.type) or a.dtype != weight.dtype:
+        return False
+    return resolve(op, backend, a.device, dtype=a.dtype).name == "triton"
 
-    x            [B, N, D]             any floating dtype
-    shift, scale [B, D] or [B, 1, D]   any floating dtype
-    returns      [B, N, D]             x's dtype; statistics and arithmetic in fp32, rounded once
+
+def _needs_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _row(name: str, given: Tensor | Row, x: Tensor) -> Row:
+    """A modulation as a checked `Row` of `[B, D]` and `[D]`."""
+    B, D = x.shape[0], x.shape[-1]
+    sample, table = given if isinstance(given, Row) else (given, None)
+    # Number by number: Dynamo takes a shape with a symbol in it for unequal to the tuple of the same numbers.
+    per_sample = sample.ndim in (2, 3) and sample.shape[0] == B and sample.shape[-1] == D and sample.numel() == B * D
+    if x.ndim != 3 or not per_sample or (table is not None and (table.ndim != 1 or table.shape[0] != D)):
+        raise ValueError(
+            f"modulated_layernorm takes x [B, N, D] and {name} [B, D] or [B, 1, D] (with a table row [D]), not "
+            f"{list(x.shape)} and {list(sample.shape)}{'' if table is None else f' (with {list(table.shape)})'}"
+        )
+    return Row(sample.reshape(B, D), table)
+
+
+def modulated_layernorm(
+    x: Tensor,
+    shift: Tensor | Row,
+    scale: Tensor | Row,
+    *,
+    residual: Tensor | None = None,
+    gate: Tensor | Row | None = None,
+    eps: float = 1e-6,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """x₁ = x + gate · residual and LayerNorm(x₁) (1 + scale) + shift (adaLN: DiT 3.2, PixArt-α 2.3).
+
+    x, residual         [B, N, D]             any floating dtype; no residual: x₁ is x; no gate: it counts as 1
+    shift, scale, gate  [B, D] or [B, 1, D]   one modulation per sample, any floating dtype, or a `Row` of two parts
+    returns             x₁, y [B, N, D]       x's dtype; statistics and arithmetic in fp32, each result rounded once
 
     Raises ValueError where the shapes do not fit, and see `resolve` for `backend`.
     """
-    rows = (x.shape[0], x.shape[-1])
-    if x.ndim != 3 or any(m.shape not in (rows, (rows[0], 1, rows[1])) for m in (shift, scale)):
-        raise ValueError(
-            "modulated_layernorm takes x [B, N, D] and shift, scale [B, D] or [B, 1, D], "
-            f"not {list(x.shape)}, {list(shift.shape)}, {list(scale.shape)}"
+    shift, scale = _row("shift", shift, x), _row("scale", scale, x)
+    gate = None if gate is None else _row("gate", gate, x)
+    if residual is None and gate is not None:
+        raise ValueError("modulated_layernorm takes a gate with a residual only")
+    if residual is not None:
+        if residual.shape != x.shape:
+            raise ValueError(
+                f"modulated_layernorm takes a residual like x, {list(x.shape)}, not {list(residual.shape)}"
+            )
+        residual = residual.to(x.dtype)  # under autocast the stream is fp32 and what joins it is not
+    needs_grad = _needs_grad(x, residual, *shift, *scale, *(gate or ()))
+    if resolve("modulated_layernorm", backend, x.device, dtype=x.dtype, needs_grad=needs_grad).name == "reference":
+        totals = {"residual": residual, "gate": None if gate is None else gate.total()}
+        return reference.modulated_layernorm(x, shift.total(), scale.total(), **totals, eps=eps)
+    x1, y, _, _ = torch.ops.pixart_fast.modulated_layernorm(x, residual, *(gate or (None, None)), *shift, *scale, eps)
+    return x if residual is None else x1, y
+
+
+def modulated_layernorm_quantized(
+    x: Tensor,
+    shift: Tensor | Row,
+    scale: Tensor | Row,
+    *,
+    dtype: torch.dtype,
+    residual: Tensor | None = None,
+    gate: Tensor | Row | None = None,
+    eps: float = 1e-6,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`modulated_layernorm` whose y is rounded to `dtype` with one scale per row, for the matrix product that follows.
+
+    dtype    torch.int8 (largest magnitude to 127) or torch.float8_e4m3fn (to 448; CUDA from sm_89, and CPU)
+    returns  x₁ [B, N, D] of x's dtype; y [B, N, D] of `dtype`; its scale fp32 [B, N]: y · scale is LayerNorm's result
+
+    Inference only. Raises as `modulated_layernorm`, and ValueError for another dtype.
+    """
+    if dtype not in (torch.int8, torch.float8_e4m3fn):
+        raise ValueError(f"modulated_layernorm_quantized rounds to int8 or float8_e4m3fn, not {dtype}")
+    shift, scale = _row("shift", shift, x), _row("scale", scale, x)
+    gate = None if gate is None else _row("gate", gate, x)
+    if _problem("modulated_layernorm", "triton", x.device, x.dtype) is None and backend in ("auto", "triton"):
+        x1, y, y_scale = torch.ops.pixart_fast.modulated_layernorm_quantized(
+            x, residual, *(gate or (None, None)), *shift, *scale, eps, dtype
         )
-    needs_grad = torch.is_grad_enabled() and (x.requires_grad or shift.requires_grad or scale.requires_grad)
-    if resolve("modulated_layernorm", backend, x.device, dtype=x.dtype, needs_grad=needs_grad).name == "cpu":
-        y, _, _ = torch.ops.pixart_fast.modulated_layernorm(x, shift.reshape(rows), scale.reshape(rows), eps)
-        return y
-    return reference.modulated_layernorm(x, shift, scale, eps=eps)
+        return x if residual is None else x1, y, y_scale
+    if backend not in ("auto", "reference"):
+        raise RuntimeError(f"modulated_layernorm_quantized has no backend {backend!r} on {x.device}; use 'auto'")
+    totals = {"residual": residual, "gate": None if gate is None else gate.total()}
+    return reference.modulated_layernorm_quantized(x, shift.total(), scale.total(), **totals, dtype=dtype, eps=eps)
 
 
 def self_attention(q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None = None, backend: str = "auto") -> Tensor:
@@ -160,8 +381,31 @@ def self_attention(q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None = Non
             "self_attention takes q, k, v [B, N, H, d] of one shape, "
             f"not {list(q.shape)}, {list(k.shape)}, {list(v.shape)}"
         )
-    resolve("self_attention", backend, q.device)
-    return _attention(q, k, v, bias)
+    N, needs_grad = q.shape[1], _needs_grad(q, k, v)
+    if bias is not None:
+        if backend not in ("auto", "reference"):
+            raise RuntimeError(f"self_attention cannot run on backend {backend!r}: it has a bias; use backend='auto'")
+        return _attention(q, k, v, bias)
+    kernel = resolve("self_attention", backend, q.device, dtype=q.dtype, needs_grad=needs_grad, scores=N * N).name
+    if kernel == "cpu":
+        return torch.ops.pixart_fast.cross_attention(q, k, v, None)[0]
+    if kernel == "flash_attn":
+        return _flash_attn(q, k, v)
+    if kernel == "cudnn":
+        # In this order: what cuDNN does not take, it leaves to the next.
+        backends = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
+        with sdpa_kernel(backends, set_priority=True):
+            return _attention(q, k, v, None)
+    return _attention(q, k, v, None)
+
+
+def _flash_attn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    if flash_attn_version() == 3:
+        from flash_attn_interface import flash_attn_func
+    else:
+        from flash_attn import flash_attn_func
+    o = flash_attn_func(q, k, v)
+    return o[0] if isinstance(o, tuple) else o  # early versions of 3 return the log-sum-exp too
 
 
 def cross_attention(
@@ -178,7 +422,7 @@ def cross_attention(
     q        [B, N, H, d]         one floating dtype for q, k, v
     k, v     [B, L, H, d]         whatever they hold beyond a caption's length is ignored, NaN included
     lengths  int64 [B]            tokens that count; 0 gives zeros, and zero gradients
-    bias     [B, L] or [B, 1, L]  added to the scores (diffusers: 0 for a token, -10000 for padding)
+    bias     [B, L] or [B, 1, L]  added to the scores (diffusers: 0 for a token, -10000 for padding); plain PyTorch only
     returns  [B, N, H, d]         q's dtype
 
     Raises ValueError where the shapes do not fit or both lengths and bias are given, and see `resolve` for `backend`.
@@ -191,22 +435,27 @@ def cross_attention(
         )
     if lengths is not None and bias is not None:
         raise ValueError("cross_attention takes lengths or bias, not both: they are two ways to say which tokens count")
-    resolve("cross_attention", backend, q.device)
-    if lengths is not None:
-        if lengths.shape != (B,):
-            raise ValueError(f"cross_attention takes lengths [B] with B = {B}, not {list(lengths.shape)}")
-        k, v, bias = reference.drop_padding(k, v, lengths)
-    elif bias is not None:
+    if lengths is not None and lengths.shape != (B,):
+        raise ValueError(f"cross_attention takes lengths [B] with B = {B}, not {list(lengths.shape)}")
+    if bias is not None:
         if bias.shape not in ((B, L), (B, 1, L)):
             raise ValueError(f"cross_attention takes bias [B, L] or [B, 1, L] = [{B}, 1, {L}], not {list(bias.shape)}")
-        bias = bias.reshape(B, 1, 1, L)
+        if backend not in ("auto", "reference"):
+            raise RuntimeError(f"cross_attention cannot run on backend {backend!r}: it has a bias; use lengths")
+        return _attention(q, k, v, bias.reshape(B, 1, 1, L))
+    needs_grad, scores = _needs_grad(q, k, v), q.shape[1] * L
+    kernel = resolve("cross_attention", backend, q.device, dtype=q.dtype, needs_grad=needs_grad, scores=scores).name
+    if kernel != "reference":
+        return torch.ops.pixart_fast.cross_attention(q, k, v, lengths)[0]
+    if lengths is not None:
+        k, v, bias = reference.drop_padding(k, v, lengths)
     return _attention(q, k, v, bias)
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     # In bf16 on a CPU, forward and backward of scaled_dot_product_attention take 9 times as long as plain products for
     # 16 tokens, 3 for 64, 1.8 for 256, and half as long for 1024, whose scores leave the cache (one core, torch 2.13).
-    training = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    training = _needs_grad(q, k, v)
     if training and q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[1] * k.shape[1] <= 256 * 256:
         return reference.self_attention(q, k, v, bias=bias)
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
@@ -215,37 +464,25 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2)
 
 
-def _modulated_layernorm_fake(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    statistics = x.new_empty(x.shape[:2], dtype=torch.float32)
-    return torch.empty_like(x, memory_format=torch.contiguous_format), statistics, torch.empty_like(statistics)
+def gated_linear(
+    x: Tensor, gate: Row, a: Tensor, weight: Tensor, bias: Tensor | None, *, backend: str = "auto"
+) -> Tensor:
+    """x + gate · (a Wᵀ + b): a projection back onto the residual stream, in one kernel where there is one (inference).
+
+    x [B, N, D]; a [B, N, K], weight [D, K], bias [D] of one floating dtype; gate one row per sample -> [B, N, D]
+    """
+    needs_grad = _needs_grad(x, a, weight, bias, *gate)
+    if resolve("gated_linear", backend, a.device, dtype=a.dtype, needs_grad=needs_grad).name == "triton":
+        return torch.ops.pixart_fast.gated_linear(a, weight, bias, x, *_row("gate", gate, x))
+    return reference.gated_linear(x, gate.total(), a, weight, bias)
 
 
-def _save_for_backward(ctx, inputs, output):
-    x, shift, scale, eps = inputs
-    _, mean, rstd = output
-    ctx.mark_non_differentiable(mean, rstd)
-    ctx.save_for_backward(x, scale, mean, rstd)
-    ctx.eps, ctx.shift_dtype = eps, shift.dtype
+def linear_gelu(a: Tensor, weight: Tensor, bias: Tensor | None, *, backend: str = "auto") -> Tensor:
+    """GELU(a Wᵀ + b), tanh-approximated, in one kernel where there is one (inference).
 
-
-def _modulated_layernorm_backward(ctx, dy, dmean, drstd):
-    """dx = rstd (g - mean(g) - x̂ mean(g x̂)), dshift = Σ dy, dscale = Σ dy x̂; x̂ = (x - mean) rstd, g = dy (1 + scale)"""
-    x_stored, scale, mean, rstd = ctx.saved_tensors
-    x, dy = x_stored.float(), dy.float()
-    if torch.is_grad_enabled():  # a second derivative is asked for, and it goes through the statistics too
-        mean = x.mean(-1, keepdim=True)
-        rstd = (x.var(-1, correction=0, keepdim=True) + ctx.eps).rsqrt()
-    else:
-        mean, rstd = mean[:, :, None], rstd[:, :, None]
-    x_hat = (x - mean) * rstd
-    g = dy * (1 + scale[:, None].float())
-    dx = rstd * (g - g.mean(-1, keepdim=True) - x_hat * (g * x_hat).mean(-1, keepdim=True))
-    dshift, dscale = dy.sum(1), (dy * x_hat).sum(1)
-    return dx.to(x_stored.dtype), dshift.to(ctx.shift_dtype), dscale.to(scale.dtype), None
-
-
-if native_problem is None:
-    torch.library.register_fake("pixart_fast::modulated_layernorm", _modulated_layernorm_fake)
-    torch.library.register_autograd(
-        "pixart_fast::modulated_layernorm", _modulated_layernorm_backward, setup_context=_save_for_backward
-    )
+    a [B, N, K], weight [M, K], bias [M] of one floating dtype -> [B, N, M]
+    """
+    needs_grad = _needs_grad(a, weight, bias)
+    if resolve("linear_gelu", backend, a.device, dtype=a.dtype, needs_grad=needs_grad).name == "triton":
+        return torch.ops.pixart_fast.linear_gelu(a, weight, bias)
+    return reference.linear_gelu(a, weight, bias)

@@ -23,18 +23,24 @@ from pixart_fast.layers import (
     Condition,
     CrossAttention,
     FeedForward,
+    KeysValues,
     PatchEmbed,
     SelfAttention,
+    keys_values,
     unpatchify,
 )
 
 
 class Caption(NamedTuple):
-    """Text features with what counts of them: by `lengths [B]`, by an additive `bias [B, 1, L]`, or all (both None)."""
+    """Text features with what counts of them: by `lengths [B]`, by an additive `bias [B, 1, L]`, or all (both None).
+
+    `context` is what the blocks attend to: the text at their width `[B, L, D]`, or per block its keys and values.
+    """
 
     text: Tensor  # [B, L, C]
     lengths: Tensor | None
     bias: Tensor | None
+    context: list[Tensor | KeysValues] | None = None
 
 
 def pack_caption(text: Tensor, mask: Tensor | None) -> Caption:
@@ -54,14 +60,36 @@ def pack_caption(text: Tensor, mask: Tensor | None) -> Caption:
 
 
 class Modulation(NamedTuple):
-    """What conditions a block: six rows `[B, 1, D]`, in the order of their weights."""
+    """What conditions a block: six rows, in the order of their weights."""
 
-    shift_msa: Tensor
-    scale_msa: Tensor
-    gate_msa: Tensor
-    shift_mlp: Tensor
-    scale_mlp: Tensor
-    gate_mlp: Tensor
+    shift_msa: ops.Row
+    scale_msa: ops.Row
+    gate_msa: ops.Row
+    shift_mlp: ops.Row
+    scale_mlp: ops.Row
+    gate_mlp: ops.Row
+
+
+class Stream(NamedTuple):
+    """The residual stream between two operators: x + gate · h, which the next LayerNorm adds up in its own pass.
+
+    So the sum is not written and read once more; and x and h are what the backward keeps anyway.
+    """
+
+    x: Tensor  # [B, N, D]
+    h: Tensor | None = None  # [B, N, D]
+    gate: Tensor | None = None  # [B, 1, D]; 1 where there is none
+
+    def total(self) -> Tensor:
+        if self.h is None:
+            return self.x
+        return self.x + (self.h if self.gate is None else self.gate * self.h)
+
+
+def _norm(stream: Stream, shift: ops.Row, scale: ops.Row, eps: float, backend: str) -> tuple[Tensor, Tensor]:
+    """The stream added up, and LayerNorm of it, modulated."""
+    x, h, gate = stream
+    return ops.modulated_layernorm(x, shift, scale, residual=h, gate=gate, eps=eps, backend=backend)
 
 
 class Block(nn.Module):
@@ -70,8 +98,6 @@ class Block(nn.Module):
     Self-attention and the MLP sit behind LayerNorm, shift and scale, and a gate; cross-attention to the caption between
     them has neither, as published.
     """
-
-    op = "modulated_layernorm"
 
     def __init__(
         self,
@@ -87,7 +113,7 @@ class Block(nn.Module):
     ):
         super().__init__()
         self.eps = eps
-        self.backend = "auto"
+        self.backends = {"modulated_layernorm": "auto"}
         self.attn1 = SelfAttention(dim, dim, heads, head_dim, bias=bias, dropout=dropout)
         self.attn2 = CrossAttention(dim, text_dim, heads, head_dim, bias=bias, dropout=dropout)
         self.ff = FeedForward(dim, exact_gelu=exact_gelu, dropout=dropout)
@@ -97,26 +123,35 @@ class Block(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.randn(6, dim) / dim**0.5)
 
     def modulation(self, condition: Tensor) -> Modulation:
-        """S̄ `[B, 6, D]` plus this block's table E⁽ⁱ⁾."""
-        return Modulation(*(self.scale_shift_table + condition).chunk(6, dim=1))
+        """S̄ `[B, 6, D]` and this block's table E⁽ⁱ⁾, row by row."""
+        return Modulation(*map(ops.Row, condition.unbind(1), self.scale_shift_table.unbind(0)))
 
-    def norm(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-        return ops.modulated_layernorm(x, shift, scale, eps=self.eps, backend=self.backend)
+    def norm(self, stream: Stream, shift: ops.Row, scale: ops.Row) -> tuple[Tensor, Tensor]:
+        return _norm(stream, shift, scale, self.eps, self.backends["modulated_layernorm"])
 
     def forward(
         self,
-        x: Tensor,
+        stream: Stream,
         condition: Tensor,
-        text: Tensor,
+        context: Tensor | KeysValues,
         lengths: Tensor | None = None,
         text_bias: Tensor | None = None,
         attention_bias: Tensor | None = None,
-    ) -> Tensor:
+    ) -> Stream:
         m = self.modulation(condition)
-        x = x + m.gate_msa * self.attn1(self.norm(x, m.shift_msa, m.scale_msa), attention_bias)  # [B, N, D]
-        x = x + self.attn2(x, text, lengths, text_bias)  # [B, N, D]
-        x = x + m.gate_mlp * self.ff(self.norm(x, m.shift_mlp, m.scale_mlp))  # [B, N, D]
-        return x
+        x, y = self.norm(stream, m.shift_msa, m.scale_msa)  # x + gate · h of the block before; [B, N, D]
+        x = self.attn1.onto(x, m.gate_msa, y, attention_bias)  # x + gate_msa · attn1(y)
+        h = self.attn2(x, context, lengths, text_bias)
+        x, y = self.norm(Stream(x, h), m.shift_mlp, m.scale_mlp)  # x + h
+        if not torch.is_grad_enabled():
+            return Stream(self.ff.onto(x, m.gate_mlp, y))  # x + gate_mlp · ff(y)
+        # The same sum, left to the next block: its backward then needs no tensor that this one does not keep already.
+        return Stream(x, self.ff(y), m.gate_mlp.total().contiguous())
+
+    @staticmethod
+    def first(x: Tensor) -> Stream:
+        """The stream before any block, of the kind that blocks hand on: all of them then share one graph."""
+        return Stream(x, x * 0, x[:, :1] * 0) if torch.is_grad_enabled() else Stream(x)
 
 
 class AdaLNBlock(Block):
@@ -127,7 +162,7 @@ class AdaLNBlock(Block):
 
     def modulation(self, condition: Tensor) -> Modulation:
         """The block's linear layer over SiLU of the condition `[B, D]`."""
-        return Modulation(*self.adaln(F.silu(condition)).unflatten(1, (6, -1)).chunk(6, dim=1))
+        return Modulation(*map(ops.Row, self.adaln(F.silu(condition)).unflatten(1, (6, -1)).unbind(1)))
 
 
 def _check(config: dict[str, Any], micro_conditions: bool) -> None:
@@ -182,7 +217,6 @@ class Transformer(DiffusersModel):
     (`null_caption.safetensors`) and returns with `from_pretrained`; it takes no part in `forward`.
     """
 
-    op = "modulated_layernorm"
     _no_split_modules = ("Block", "AdaLNBlock", "PatchEmbed")
     _repeated_blocks = ("Block", "AdaLNBlock")
 
@@ -226,7 +260,7 @@ class Transformer(DiffusersModel):
         if interpolation_scale is None:
             interpolation_scale = max(sample_size // 64, 1)
         self.gradient_checkpointing = False
-        self.backend = "auto"
+        self.backends = {"modulated_layernorm": "auto"}
 
         # In this order a seed gives the weights that it gives diffusers' class.
         self.pos_embed = PatchEmbed(sample_size, patch_size, in_channels, dim, interpolation_scale)
@@ -259,7 +293,7 @@ class Transformer(DiffusersModel):
     def forward(
         self,
         hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
+        encoder_hidden_states: Tensor | Caption | None = None,
         timestep: Tensor | None = None,
         added_cond_kwargs: dict[str, Tensor] | None = None,
         cross_attention_kwargs: dict[str, Any] | None = None,
@@ -272,7 +306,8 @@ class Transformer(DiffusersModel):
         Args:
             hidden_states: noisy latents `[B, in_channels, height, width]` in the model's dtype, any size that divides
                 by the patch.
-            encoder_hidden_states: text features `[B, L, caption_channels]`, or `[B, 1, L, caption_channels]`.
+            encoder_hidden_states: text features `[B, L, caption_channels]`, or `[B, 1, L, caption_channels]`, or what
+                `encode_caption` made of them (the mask is in it then).
             timestep: `[B]`, integer or fp32 (it enters the sinusoid in fp32).
             added_cond_kwargs: `{"resolution": [B, 2] in pixels, "aspect_ratio": [B, 1]}` where the model has
                 micro-conditions; None inside stands for the latents' own size.
@@ -293,27 +328,37 @@ class Transformer(DiffusersModel):
         if cross_attention_kwargs:
             warnings.warn(f"cross_attention_kwargs {sorted(cross_attention_kwargs)} have no effect here.", stacklevel=2)
 
-        caption = pack_caption(self._text(encoder_hidden_states), encoder_attention_mask)
+        if isinstance(encoder_hidden_states, Caption):
+            caption = encoder_hidden_states
+        else:
+            caption = self.encode_caption(encoder_hidden_states, encoder_attention_mask)
         embedded = self._embed_condition(hidden_states, timestep, added_cond_kwargs)  # [B, D]
-        condition, (shift, scale) = self._modulations(embedded, caption)
-        text = caption.text if self.caption_projection is None else self.caption_projection(caption.text)  # [B, L, D]
+        condition, shift, scale = self._modulations(embedded, caption)
         attention_bias = _self_attention_bias(attention_mask, hidden_states.dtype)
 
-        x = self.pos_embed(hidden_states)  # [B, N, D]
-        for block in self.transformer_blocks:
-            inputs = (x, condition, text, caption.lengths, caption.bias, attention_bias)
+        stream = Block.first(self.pos_embed(hidden_states))  # [B, N, D]
+        for block, context in zip(self.transformer_blocks, caption.context, strict=True):
+            inputs = (stream, condition, context, caption.lengths, caption.bias, attention_bias)
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = self._gradient_checkpointing_func(block, *inputs)
+                stream = Stream(*self._gradient_checkpointing_func(block, *inputs))
             else:
-                x = block(*inputs)  # [B, N, D]
-        x = ops.modulated_layernorm(x, shift, scale, eps=1e-6, backend=self.backend)  # [B, N, D]
+                stream = block(*inputs)
+        _, x = _norm(stream, shift, scale, 1e-6, self.backends["modulated_layernorm"])  # [B, N, D]
         sample = unpatchify(self.proj_out(x), height, width, patch)  # [B, C, height, width]
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
-    @staticmethod
-    def _text(text: Tensor) -> Tensor:
-        """Official features come as `[B, 1, L, C]`."""
-        return text.squeeze(1) if text.ndim == 4 else text
+    def encode_caption(self, text: Tensor, mask: Tensor | None = None) -> Caption:
+        """The part of `forward` that sees the text alone, for all blocks: call it once, then denoise with its result.
+
+        Args:
+            text, mask: `forward`'s encoder_hidden_states and encoder_attention_mask.
+
+        Returns:
+            a `Caption` that `forward` takes as encoder_hidden_states, as often as the weights stay what they are.
+        """
+        caption = pack_caption(text.squeeze(1) if text.ndim == 4 else text, mask)  # official features: [B, 1, L, C]
+        projected = caption.text if self.caption_projection is None else self.caption_projection(caption.text)
+        return caption._replace(context=keys_values(projected, [block.attn2 for block in self.transformer_blocks]))
 
     def _embed_condition(self, latents: Tensor, timestep: Tensor, added: dict[str, Tensor] | None) -> Tensor:
         """Time and, with micro-conditions, size and aspect ratio: `[B, D]`."""
@@ -333,14 +378,14 @@ class Transformer(DiffusersModel):
         embed = self.adaln_single.emb if self.config.modulation == "adaln_single" else self.time_condition
         return embed(timestep.expand(batch), resolution, ratio, latents.dtype)
 
-    def _modulations(self, embedded: Tensor, caption: Caption) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """What the blocks receive, and the final layer's shift and scale, each `[B, 1, D]`."""
+    def _modulations(self, embedded: Tensor, caption: Caption) -> tuple[Tensor, ops.Row, ops.Row]:
+        """What the blocks receive, and the final layer's shift and scale."""
         if self.config.modulation == "adaln_single":
-            final = self.scale_shift_table + embedded[:, None]
-            return self.adaln_single(embedded), final.chunk(2, dim=1)
+            rows = (ops.Row(embedded, row) for row in self.scale_shift_table.unbind(0))
+            return self.adaln_single(embedded), *rows
         condition = embedded + self.pooled_projection(_pool(caption))
-        final = self.adaln_out(F.silu(condition)).unflatten(1, (2, -1))
-        return condition, final.chunk(2, dim=1)
+        rows = self.adaln_out(F.silu(condition)).unflatten(1, (2, -1)).unbind(1)
+        return condition, *map(ops.Row, rows)
 
     def set_backend(self, backend: str, *, op: str | None = None) -> "Transformer":
         """Choose who computes one operator of `ops.OPS` (None: all), by a name of `ops.BACKENDS`; returns self.
@@ -353,8 +398,9 @@ class Transformer(DiffusersModel):
                 f"got {backend!r} and {op!r}."
             )
         for module in self.modules():
-            if hasattr(module, "backend") and op in (None, module.op):
-                module.backend = backend
+            for name in getattr(module, "backends", {}):
+                if op in (None, name):
+                    module.backends[name] = backend
         return self
 
     @torch.no_grad()
@@ -400,7 +446,7 @@ def _self_attention_bias(mask: Tensor | None, dtype: torch.dtype) -> Tensor | No
 
 def _pool(caption: Caption) -> Tensor:
     """Mean of the caption's tokens `[B, C]`."""
-    text, lengths, bias = caption
+    text, lengths, bias, _ = caption
     if lengths is not None:
         keep = torch.arange(text.shape[1], device=text.device) < lengths[:, None]
     elif bias is not None:

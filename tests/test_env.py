@@ -26,13 +26,13 @@ def test_json_report(monkeypatch, capsys):
     sections = json.loads(capsys.readouterr().out)
     assert sections["versions"]["torch"].startswith(torch.__version__)
     assert set(sections["optional packages"]) == {"flash-attn", "NVIDIA apex", "liger-kernel", "deepspeed ops"}
-    assert sections["native operators"]["native.so"] == (ops.native_problem or "loaded")
+    assert sections["kernels"]["native.so"] == (ops.native_problem or "loaded")
 
 
 def test_unavailable_native_operators_are_shown_with_the_remedy(monkeypatch):
     monkeypatch.setattr(ops, "native_problem", "the native operators are not built (run this)")
     report = env.report()
-    assert report["native operators"]["native.so"] == ops.native_problem
+    assert report["kernels"]["native.so"] == ops.native_problem
     assert env.backends(torch.device("cpu"))["modulated_layernorm"] == f"reference ({ops.native_problem})"
 
 

@@ -1,6 +1,9 @@
 """The operators against fp64 oracles written independently of `kernels/reference.py`, and the choice of backend."""
 
+import importlib.machinery
 import math
+import sys
+import types
 
 import pytest
 import torch
@@ -22,6 +25,13 @@ def with_gradients(function, inputs, dy):
     inputs = [t.detach().requires_grad_() for t in inputs]
     result = function(*inputs)
     return [result.detach(), *torch.autograd.grad(result, inputs, dy)]
+
+
+def modulated(x, shift, scale, **options):
+    """y alone, without a residual."""
+    same, y = ops.modulated_layernorm(x, shift, scale, **options)
+    assert same is x
+    return y
 
 
 def layernorm_oracle(x, shift, scale):
@@ -73,18 +83,18 @@ def test_modulated_layernorm(B, N, D, dtype):
         return F.layer_norm(x, (D,), eps=1e-6) * (1 + scale[:, None]) + shift[:, None]
 
     baseline = with_gradients(plain, inputs, dy)
-    actual = with_gradients(ops.modulated_layernorm, inputs, dy)
+    actual = with_gradients(modulated, inputs, dy)
     for one, truth, plain_one in zip(actual, expected, baseline, strict=True):
         assert_rms(one, truth, plain_one)
     with torch.no_grad():
-        assert_rms(ops.modulated_layernorm(*inputs), expected[0], baseline[0])
+        assert_rms(modulated(*inputs), expected[0], baseline[0])
 
 
 def test_modulated_layernorm_takes_both_shapes_of_modulation():
     x, shift, scale = randn(2, 5, 8), randn(2, 8, seed=1), randn(2, 8, seed=2)
     expected = layernorm_oracle(x, shift, scale)
-    assert rms_error(ops.modulated_layernorm(x, shift, scale), expected) < 1e-14
-    assert rms_error(ops.modulated_layernorm(x, shift[:, None], scale[:, None]), expected) < 1e-14
+    assert rms_error(modulated(x, shift, scale), expected) < 1e-14
+    assert rms_error(modulated(x, shift[:, None], scale[:, None]), expected) < 1e-14
 
 
 def test_modulated_layernorm_keeps_the_dtype_of_x():
@@ -96,9 +106,72 @@ def test_modulated_layernorm_keeps_the_dtype_of_x():
     )
     expected = layernorm_oracle(*(t.double() for t in (x, shift, scale)))
     for backend in ("auto", "reference"):
-        y = ops.modulated_layernorm(x, shift, scale, backend=backend)
+        y = modulated(x, shift, scale, backend=backend)
         assert y.dtype == torch.bfloat16
         assert_rms(y, expected, expected.bfloat16())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_residual_gate_and_rows_of_the_block(dtype, gated, backend):
+    """x₁ = x + gate · h and its LayerNorm, each modulation the sum of a sample's row and the block's."""
+    B, N, D = 3, 21, 32
+    x, h = randn(B, N, D, dtype=dtype), randn(B, N, D, dtype=dtype, seed=1)
+    condition = randn(B, 6, D, dtype=dtype, seed=2)
+    table = randn(6, D, dtype=torch.promote_types(dtype, torch.float32), seed=3)
+    dx1, dy = randn(B, N, D, dtype=dtype, seed=4), randn(B, N, D, dtype=dtype, seed=5)
+
+    def fused(x, h, condition, table):
+        shift, scale, gate, *_ = map(ops.Row, condition.unbind(1), table.unbind(0))
+        options = {"residual": h, "gate": gate if gated else None, "backend": backend}
+        x1, y = ops.modulated_layernorm(x, shift, scale, **options)
+        return torch.stack([x1, y])
+
+    def plain(x, h, condition, table):
+        shift, scale, gate, *_ = (condition + table).unbind(1)
+        x1 = (x + (gate[:, None] if gated else 1) * h).to(x.dtype)
+        y = F.layer_norm(x1, (D,), eps=1e-6) * (1 + scale[:, None]) + shift[:, None]
+        return torch.stack([x1, y.to(x.dtype)])
+
+    inputs, dys = [x, h, condition, table], torch.stack([dx1, dy])
+    expected = with_gradients(plain, [t.double() for t in inputs], dys.double())
+    baseline = with_gradients(plain, inputs, dys)
+    for one, truth, plain_one in zip(with_gradients(fused, inputs, dys), expected, baseline, strict=True):
+        assert_rms(one, truth, plain_one)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_quantised_rows(dtype):
+    """Nearest codes of what the operator gives, one scale per row; a row of zeros stays zero."""
+    B, N, D = 2, 9, 64
+    x, h = randn(B, N, D, dtype=torch.float32), randn(B, N, D, dtype=torch.float32, seed=1)
+    shift, scale, gate = (randn(B, D, dtype=torch.float32, seed=seed) for seed in (2, 3, 4))
+    shift[0], scale[0] = 0, -1
+    x1, y, y_scale = ops.modulated_layernorm_quantized(x, shift, scale, residual=h, gate=gate, dtype=dtype)
+    expected_x1, expected = ops.modulated_layernorm(x, shift, scale, residual=h, gate=gate, backend="reference")
+    assert torch.equal(x1, expected_x1) and y.dtype == dtype and y_scale.dtype == torch.float32
+    assert y_scale.shape == (B, N) and (y_scale[0] == 1).all() and not y[0].float().any()
+    largest = 127 if dtype == torch.int8 else 448
+    torch.testing.assert_close(y.float().abs().amax(-1)[1], torch.full((N,), float(largest)))
+    codes = expected / y_scale[..., None]
+    spacing = torch.ones(()) if dtype == torch.int8 else 2.0 ** (codes.abs().clamp(min=2**-6).log2().floor() - 3)
+    assert ((y.float() - codes).abs() <= 0.5001 * spacing).all()
+    with pytest.raises(ValueError, match=r"int8 or float8_e4m3fn, not torch\.int16"):
+        ops.modulated_layernorm_quantized(x, shift, scale, dtype=torch.int16)
+    with pytest.raises(RuntimeError, match="no backend 'cpu'"):
+        ops.modulated_layernorm_quantized(x, shift, scale, dtype=dtype, backend="cpu")
+
+
+def test_linear_operators():
+    B, N, K, D = 2, 5, 12, 8
+    x, a, weight, bias = randn(B, N, D), randn(B, N, K, seed=1), randn(D, K, seed=2), randn(D, seed=3)
+    gate = ops.Row(randn(B, D, seed=4), randn(D, seed=5))
+    h = torch.einsum("bnk,dk->bnd", a, weight) + bias
+    expected = x + (gate.sample + gate.table)[:, None] * h
+    torch.testing.assert_close(ops.gated_linear(x, gate, a, weight, bias), expected)
+    gelu = h / 2 * (1 + (math.sqrt(2 / math.pi) * (h + 0.044715 * h**3)).tanh())
+    torch.testing.assert_close(ops.linear_gelu(a, weight, bias), gelu)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -167,7 +240,7 @@ def test_non_contiguous_inputs_and_expanded_gradients():
     assert not x.is_contiguous() and not q.is_contiguous()
     one = torch.ones((), dtype=torch.float64).expand(B, N, D)
     for op, oracle, inputs in (
-        (ops.modulated_layernorm, layernorm_oracle, (x, shift, scale)),
+        (modulated, layernorm_oracle, (x, shift, scale)),
         (ops.self_attention, attention_oracle, (q, k, v)),
         (ops.cross_attention, attention_oracle, (q, k, v)),
     ):
@@ -178,7 +251,7 @@ def test_non_contiguous_inputs_and_expanded_gradients():
 
 def block(x, shift, scale, text, lengths):
     """All three operators, as a block of the transformer has them."""
-    y = ops.modulated_layernorm(x, shift, scale)
+    y = modulated(x, shift, scale)
     q, kv = y.unflatten(-1, (2, -1)), text.unflatten(-1, (2, -1))
     x = x + ops.self_attention(q, q, q).flatten(2)
     return x + ops.cross_attention(x.unflatten(-1, (2, -1)), kv, kv, lengths=lengths).flatten(2)
@@ -196,7 +269,7 @@ def block_inputs(B, N, L, D=16, dtype=torch.float32):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("training", [False, True])
-def test_one_graph_for_every_shape_without_our_kernels_in_it(dtype, training):
+def test_one_graph_for_every_shape_without_our_kernels_in_it(monkeypatch, dtype, training):
     """No graph break, no recompilation, and nothing opaque to Inductor: "auto" gives plain torch when compiled."""
     graphs = []
 
@@ -209,7 +282,10 @@ def test_one_graph_for_every_shape_without_our_kernels_in_it(dtype, training):
     for B, N, L in ((2, 12, 9), (3, 20, 5), (4, 35, 30)):
         inputs = block_inputs(B, N, L, dtype=dtype)
         inputs[0].requires_grad_(training)
-        torch.testing.assert_close(compiled(*inputs), block(*inputs))
+        actual = compiled(*inputs)
+        with monkeypatch.context() as patch:
+            patch.setattr(ops, "native_problem", "the eager block is to compute the same in bf16")
+            torch.testing.assert_close(actual, block(*inputs))
     assert len(graphs) == 1
     assert not [node for node in graphs[0].graph.nodes if "pixart_fast" in str(node.target)]
 
@@ -222,29 +298,43 @@ def test_compiled_gradients():
     inputs = [x.transpose(1, 2).contiguous().transpose(1, 2), shift, scale]
     dy = randn(*x.shape, dtype=torch.bfloat16, seed=5)
     expected = with_gradients(layernorm_oracle, [t.double() for t in inputs], dy.double())
-    baseline = with_gradients(ops.modulated_layernorm, inputs, dy)
-    actual = with_gradients(torch.compile(ops.modulated_layernorm, fullgraph=True), inputs, dy)
+    baseline = with_gradients(modulated, inputs, dy)
+    actual = with_gradients(torch.compile(modulated, fullgraph=True), inputs, dy)
     for one, truth, eager in zip(actual, expected, baseline, strict=True):
         assert_rms(one, truth, eager)
 
 
 @pytest.mark.parametrize(
-    ("dtype", "N", "training", "explicit"),
+    ("op", "dtype", "N", "training", "backend"),
     [
-        (torch.bfloat16, 16, True, True),
-        (torch.bfloat16, 256, True, True),
-        (torch.bfloat16, 257, True, False),
-        (torch.bfloat16, 16, False, False),
-        (torch.float32, 16, True, False),
+        ("self_attention", torch.bfloat16, 16, True, "cpu"),
+        ("self_attention", torch.bfloat16, 64, True, "reference"),
+        ("self_attention", torch.bfloat16, 256, True, "reference"),
+        ("self_attention", torch.bfloat16, 257, True, "cpu"),
+        ("self_attention", torch.bfloat16, 64, False, "cpu"),
+        ("self_attention", torch.float32, 64, True, "cpu"),
+        ("cross_attention", torch.bfloat16, 64, True, "cpu"),
+        ("cross_attention", torch.float32, 1024, True, "cpu"),
+        ("cross_attention", torch.float32, 1025, True, "reference"),
+        ("self_attention", torch.float64, 16, True, "reference"),
     ],
 )
-def test_bf16_training_on_the_cpu_takes_plain_products(monkeypatch, dtype, N, training, explicit):
+def test_attention_on_the_cpu_goes_by_what_was_measured(monkeypatch, op, dtype, N, training, backend):
+    monkeypatch.setattr(ops, "native_problem", None)
+    choice = ops.resolve(op, device="cpu", dtype=dtype, needs_grad=training, scores=N * N)
+    assert choice.name == backend
+
+
+def test_bf16_training_without_native_operators_takes_plain_products(monkeypatch):
+    monkeypatch.setattr(ops, "native_problem", "not built")
     calls = []
     plain = reference.self_attention
     monkeypatch.setattr(reference, "self_attention", lambda *t, **options: calls.append(1) or plain(*t, **options))
-    q = randn(1, N, 1, 8, dtype=dtype).requires_grad_(training)
-    ops.self_attention(q, q, q)
-    assert bool(calls) == explicit
+    for N, dtype, expected in ((16, torch.bfloat16, 1), (257, torch.bfloat16, 0), (16, torch.float32, 0)):
+        calls.clear()
+        q = randn(1, N, 1, 8, dtype=dtype).requires_grad_()
+        ops.self_attention(q, q, q)
+        assert len(calls) == expected
 
 
 V100 = ops.Capability("Tesla V100", (7, 0), False, False)
@@ -261,9 +351,9 @@ CPU = ops.Capability("cpu", None, True, False)
         (V100, "fp16", "memory-efficient"),
         (T4, "fp16", "memory-efficient"),
         (A100, "bf16", "flash"),
-        (H100, "bf16", "cuDNN or flash, in PyTorch's order"),
+        (H100, "bf16", "cuDNN, else flash"),
         (P100, "fp32", "memory-efficient"),
-        (CPU, "fp32", "flash (CPU)"),
+        (CPU, "fp32", "native C++, else flash (CPU)"),
     ],
 )
 def test_precision_and_attention_by_capability(capability, precision, attention):
@@ -285,19 +375,113 @@ def test_capability_of_the_cpu():
     assert (found.device, found.sm, found.has_flash_attention) == ("cpu", None, False)
 
 
-def test_auto_on_a_gpu_is_the_reference():
-    for op in ops.OPS:
-        assert ops.resolve(op, "auto", "cuda").name == "reference"
+ON_GPU = {
+    (7, 0): {"modulated_layernorm": "triton"},
+    (7, 5): {"modulated_layernorm": "triton"},
+    (8, 0): dict.fromkeys(("modulated_layernorm", "cross_attention", "gated_linear", "linear_gelu"), "triton"),
+    (6, 0): {},
+}
+ON_GPU[9, 0] = ON_GPU[8, 0] | {"self_attention": "cudnn"}
 
 
-@pytest.mark.parametrize("op", ops.OPS)
-def test_an_unavailable_backend_raises_and_says_what_to_do(op):
+@pytest.fixture
+def gpu(monkeypatch):
+    """Pretends that there is a GPU of a compute capability, with Triton."""
+
+    def pretend(sm):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: sm)
+        monkeypatch.setattr(ops, "triton_problem", None)
+        monkeypatch.setattr(ops, "triton_device", "cuda")
+
+    return pretend
+
+
+@pytest.mark.parametrize("sm", ON_GPU)
+def test_auto_on_a_gpu(gpu, sm):
+    gpu(sm)
+    half = torch.float16 if sm < (8, 0) else torch.bfloat16
+    assert {op: ops.resolve(op, "auto", "cuda", dtype=half).name for op in ops.OPS} == {
+        op: ON_GPU[sm].get(op, "reference") for op in ops.OPS
+    }
+    for op in ("gated_linear", "linear_gelu"):
+        assert ops.resolve(op, "auto", "cuda", dtype=half, needs_grad=True).name == "reference"
+    if sm >= (7, 0):
+        assert ops.resolve("modulated_layernorm", "auto", "cuda", dtype=torch.float64).name == "reference"
+        assert ops.resolve("self_attention", "auto", "cuda", dtype=torch.float32).name == "reference"
+
+
+def test_auto_without_triton_says_so(gpu, monkeypatch):
+    gpu((9, 0))
+    monkeypatch.setattr(ops, "triton_problem", "Triton is not installed (`pip install triton`)")
+    assert ops.resolve("cross_attention", "auto", "cuda") == ops.Choice("reference", ops.triton_problem)
+    with pytest.raises(RuntimeError, match=r"'triton': Triton is not installed"):
+        ops.resolve("cross_attention", "triton", "cuda")
+
+
+def test_flash_attn_is_taken_by_name(gpu, monkeypatch):
+    gpu((9, 0))
+    with pytest.raises(RuntimeError, match="flash-attn is not installed"):
+        ops.resolve("self_attention", "flash_attn", "cuda", dtype=torch.bfloat16)
+    seen = []
+    module = types.ModuleType("flash_attn_interface")
+    module.flash_attn_func = lambda q, k, v: seen.append(q.shape) or (q, None)
+    module.__spec__ = importlib.machinery.ModuleSpec("flash_attn_interface", None)
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", module)
+    assert ops.flash_attn_version() == 3
+    assert ops.resolve("self_attention", "flash_attn", "cuda", dtype=torch.bfloat16).name == "flash_attn"
+    with pytest.raises(RuntimeError, match="float16 and bfloat16"):
+        ops.resolve("self_attention", "flash_attn", "cuda", dtype=torch.float32)
+    q = randn(1, 3, 2, 8)
+    assert ops._flash_attn(q, q, q) is q and seen == [q.shape]
+
+
+def test_a_compiled_graph_knows_the_gpu(gpu):
+    """The capability is a constant of the graph, and no break in it."""
+    gpu((9, 0))
+    torch._dynamo.reset()
+
+    def chosen(x):
+        return x + len(ops.resolve("cross_attention", "auto", "cuda:0", dtype=torch.bfloat16).name)
+
+    assert torch.compile(chosen, fullgraph=True, backend="eager")(torch.zeros(1)) == len("triton")
+
+
+@pytest.mark.parametrize("op", ("modulated_layernorm", "self_attention", "cross_attention"))
+def test_an_unavailable_backend_raises_and_says_what_to_do(gpu, op):
+    gpu((8, 0))
     with pytest.raises(RuntimeError, match=rf"{op} cannot run on backend 'cpu'.*backend='auto'"):
         ops.resolve(op, "cpu", "cuda")
+    with pytest.raises(RuntimeError, match=rf"{op} cannot run on backend '(triton|cudnn)'"):
+        ops.resolve(op, "cudnn" if op == "self_attention" else "triton", "cpu")
+    with pytest.raises(RuntimeError, match="it has no such kernel; backend 'cudnn' serves self_attention"):
+        ops.resolve("cross_attention", "cudnn", "cuda")
     x = randn(1, 2, 4) if op == "modulated_layernorm" else randn(1, 2, 1, 4)
     inputs = (x, x[:, 0], x[:, 0]) if op == "modulated_layernorm" else (x, x, x)
-    with pytest.raises(RuntimeError, match=rf"{op} cannot run on backend 'cpu'"):
+    with pytest.raises(RuntimeError, match=rf"{op} cannot run on backend 'cpu'.*not torch.float64|not built"):
         getattr(ops, op)(*inputs, backend="cpu")
+
+
+def test_linear_operators_fuse_in_plain_inference_only(monkeypatch):
+    monkeypatch.setattr(ops, "triton_problem", None)
+    monkeypatch.setattr(ops, "triton_device", "cpu")
+    a, weight = randn(1, 2, 4, dtype=torch.float32), randn(3, 4, dtype=torch.float32)
+
+    def fuses(backend="triton", weight=weight):
+        return ops.fuses("linear_gelu", backend, a, weight)
+
+    assert not fuses()
+    with torch.no_grad():
+        assert fuses() and not fuses("reference") and not fuses("auto")
+        assert not fuses(weight=weight.bfloat16())
+        with torch.autocast("cpu", torch.bfloat16):
+            assert not fuses()
+
+
+def test_a_bias_is_for_plain_pytorch():
+    q = randn(1, 2, 1, 4)
+    for op, bias in ((ops.self_attention, randn(1, 1, 2, 2)), (ops.cross_attention, randn(1, 2))):
+        with pytest.raises(RuntimeError, match="cannot run on backend 'cpu': it has a bias"):
+            op(q, q, q, bias=bias, backend="cpu")
 
 
 def test_unknown_names_are_refused():
@@ -309,8 +493,18 @@ def test_unknown_names_are_refused():
 
 @pytest.mark.parametrize("shape", [(2, 4), (1, 4), (3, 2, 4), (2, 1, 4)])
 def test_modulated_layernorm_refuses_other_shapes(shape):
-    with pytest.raises(ValueError, match=r"not \[3, 5, 4\], "):
-        ops.modulated_layernorm(randn(3, 5, 4), randn(*shape), randn(3, 4))
+    with pytest.raises(ValueError, match=r"not \[3, 5, 4\] and \["):
+        modulated(randn(3, 5, 4), randn(*shape), randn(3, 4))
+
+
+def test_modulated_layernorm_refuses_other_residuals():
+    x, m = randn(3, 5, 4), randn(3, 4)
+    with pytest.raises(ValueError, match=r"residual like x, \[3, 5, 4\], not \[3, 4, 4\]"):
+        ops.modulated_layernorm(x, m, m, residual=x[:, 1:])
+    with pytest.raises(ValueError, match="a gate with a residual only"):
+        ops.modulated_layernorm(x, m, m, gate=m)
+    with pytest.raises(ValueError, match=r"gate \[B, D\].* \[3, 4\] \(with \[3\]\)"):
+        ops.modulated_layernorm(x, m, m, residual=x, gate=ops.Row(m, m[:, 0]))
 
 
 def test_attention_refuses_other_shapes():

@@ -54,6 +54,7 @@ def test_two_processes_agree_with_one(plain, tmp_path, zero_stage):
     [
         ("accumulation=4",),
         ("activation_checkpointing=true",),
+        ("activation_checkpointing=pointwise",),
         ("data.workers=2",),
         ("zero_stage=2", "offload=true"),
         ("zero_stage=3", "offload=true", "accumulation=2"),

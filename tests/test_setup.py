@@ -72,7 +72,7 @@ def test_an_install_without_a_compiler_works_and_says_so(tmp_path):
     code = (
         "import torch\nfrom pixart_fast import ops\n"
         "x = torch.randn(2, 3, 4)\n"
-        "assert ops.modulated_layernorm(x, x[:, 0], x[:, 0]).shape == x.shape\n"
+        "assert ops.modulated_layernorm(x, x[:, 0], x[:, 0])[1].shape == x.shape\n"
         "print(ops.resolve('modulated_layernorm'))\n"
     )
     assert "name='reference', reason='the native operators are not built (run" in run_python(code, site)
@@ -81,7 +81,7 @@ def test_an_install_without_a_compiler_works_and_says_so(tmp_path):
 def test_requirements_are_pinned():
     lines = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if not line.startswith("#")]
     assert "torch==2.13.0" in lines and "apex" not in lines
-    assert not [line for line in lines if line.count("==") != 1]
+    assert not [line for line in lines if line.partition(";")[0].count("==") != 1]
 
 
 def test_the_build_backend_is_named():

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 import pixart_fast
 from pixart_fast import Transformer, ops
 from pixart_fast.config import SIZES, transformer_config
-from pixart_fast.layers import CrossAttention
-from pixart_fast.transformer import AdaLNBlock, Block, pack_caption
+from pixart_fast.layers import CrossAttention, keys_values
+from pixart_fast.transformer import AdaLNBlock, Block, Stream, pack_caption
 
 CONFIG = {
     "num_attention_heads": 3,
@@ -72,7 +72,12 @@ def test_block_is_the_equation_of_the_paper():
         y = y + gate_msa * block.attn1(layer_norm(y) * (1 + scale_msa) + shift_msa)
         y = y + block.attn2(y, caption)
         expected.append(y + gate_mlp * block.ff(layer_norm(y) * (1 + scale_mlp) + shift_mlp))
-    torch.testing.assert_close(block(x, shared, text), torch.cat(expected))
+    torch.testing.assert_close(block(Stream(x), shared, text).total(), torch.cat(expected))
+    h, gate = torch.randn_like(x), torch.randn(2, 1, 24, dtype=torch.float64)
+    for incoming in (Stream(x - h, h), Stream(x - gate * h, h, gate)):
+        torch.testing.assert_close(block(incoming, shared, text).total(), torch.cat(expected))
+    with torch.no_grad():
+        torch.testing.assert_close(block(Stream(x), shared, text).x, torch.cat(expected))
 
 
 def test_adaln_block_is_the_same_but_for_its_own_modulation():
@@ -85,7 +90,8 @@ def test_adaln_block_is_the_same_but_for_its_own_modulation():
     x, text = torch.randn(2, 7, 24, dtype=torch.float64), torch.randn(2, 5, 24, dtype=torch.float64)
     condition = torch.randn(2, 24, dtype=torch.float64)
     shared = block.adaln(condition * torch.sigmoid(condition)).view(2, 6, 24)
-    torch.testing.assert_close(block(x, condition, text), single(x, shared, text))
+    x = Stream(x)
+    torch.testing.assert_close(block(x, condition, text).total(), single(x, shared, text).total())
 
 
 def test_adaln_model_pools_the_kept_tokens_of_the_caption():
@@ -181,8 +187,9 @@ def test_text_enters_gradually_after_initialisation():
     model = Transformer(**CONFIG).initialize_weights()
     block = model.transformer_blocks[0]
     x, shared, text = torch.randn(2, 7, 24), torch.randn(2, 6, 24), torch.randn(2, 5, 24)
-    assert torch.equal(block(x, shared, text), block(x, shared, torch.randn(2, 5, 24)))
-    assert not torch.equal(block(x, shared, text), x)
+    y = block(Stream(x), shared, text).total()
+    assert torch.equal(y, block(Stream(x), shared, torch.randn(2, 5, 24)).total())
+    assert not torch.equal(y, x)
 
 
 def test_initial_gate_and_adaln_zero():
@@ -191,7 +198,8 @@ def test_initial_gate_and_adaln_zero():
         assert (block.scale_shift_table[[2, 5]] == 1).all() and not (block.scale_shift_table[[0, 1, 3, 4]] == 1).any()
     baseline = Transformer(**CONFIG, modulation="adaln").initialize_weights()
     x = torch.randn(2, 7, 24)
-    assert torch.equal(baseline.transformer_blocks[0](x, torch.randn(2, 24), torch.randn(2, 5, 24)), x)
+    y = baseline.transformer_blocks[0](Stream(x), torch.randn(2, 24), torch.randn(2, 5, 24))
+    assert torch.equal(y.total(), x)
 
 
 def test_chosen_backend_computes(monkeypatch):
@@ -209,11 +217,64 @@ def test_chosen_backend_computes(monkeypatch):
         seen.clear()
         torch.testing.assert_close(model(**arguments).sample, expected)
         assert seen == ["reference"] * 5
-        cross = [module.backend for module in model.modules() if isinstance(module, CrossAttention)]
+        cross = [m.backends["cross_attention"] for m in model.modules() if isinstance(m, CrossAttention)]
         assert cross == ["auto" if op else "reference"] * 2
     for wrong in ({"backend": "gpu"}, {"backend": "auto", "op": "attention"}):
         with pytest.raises(ValueError, match=r"backend must be one of auto, reference, .* and op one of"):
             model.set_backend(**wrong)
+
+
+def test_text_is_projected_once_for_all_blocks_and_steps(monkeypatch):
+    model = build()
+    arguments = inputs()
+    text, mask = arguments.pop("encoder_hidden_states"), torch.tensor([[1, 0, 1, 1, 0], [0, 0, 0, 0, 0]])
+    products = []
+    linear = nn.functional.linear
+
+    def counted(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if x.shape[1] == 5:  # the caption's tokens
+            products.append(weight.shape[0])
+        return linear(x, weight, bias)
+
+    monkeypatch.setattr(nn.functional, "linear", counted)
+    caption = model.encode_caption(text, mask)
+    assert products[2:] == [2 * 2 * 24], "keys and values of two blocks, beside the caption's projection"
+    assert caption.lengths.tolist() == [3, 0]
+    storages = {t.untyped_storage().data_ptr() for pair in caption.context for t in pair}
+    assert len(storages) == 1
+    for timestep in (7, 900):
+        arguments["timestep"] = torch.full((2,), timestep)
+        expected = model(**arguments, encoder_hidden_states=text, encoder_attention_mask=mask).sample
+        products.clear()
+        assert torch.equal(model(**arguments, encoder_hidden_states=caption).sample, expected)
+        assert not products
+
+
+def test_projected_text_is_what_each_block_projects():
+    model = build()
+    text = torch.randn(2, 5, 24, dtype=torch.float64)
+    layers = [block.attn2 for block in model.transformer_blocks]
+    for layer, (k, v) in zip(layers, keys_values(text, layers), strict=True):
+        for actual, expected in zip((k, v), layer.project(text), strict=True):
+            assert actual.shape == (2, 5, 3, 8)
+            torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("change", ["subclass", "hook", "forward", "partitioned"])
+def test_a_projection_that_is_more_than_a_linear_layer_is_called(change):
+    model = build()
+    layers = [block.attn2 for block in model.transformer_blocks]
+    projection = layers[1].to_v
+    if change == "subclass":
+        layers[1].to_v = nn.Sequential(projection)
+    elif change == "hook":
+        projection.register_forward_hook(lambda module, inputs, output: output + 1)
+    elif change == "forward":
+        projection.forward = lambda text: nn.Linear.forward(projection, text) + 1
+    else:
+        projection.weight.data = projection.weight.data[:0]
+    text = torch.randn(2, 5, 24, dtype=torch.float64)
+    assert keys_values(text, layers) == [text, text]
 
 
 MISTAKES = {

@@ -100,7 +100,9 @@ class Settings(Section):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     zero_stage: Literal[0, 1, 2, 3] = 0
     offload: bool = False
-    activation_checkpointing: bool = False
+    activation_checkpointing: bool | Literal["pointwise"] = Field(
+        False, description='whole blocks are computed again in the backward; "pointwise": all but their matrix products'
+    )
     compile: bool = False
     log_every: PositiveInt = 10
     checkpoint_every: PositiveInt = 1000

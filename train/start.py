@@ -12,7 +12,7 @@ import yaml
 
 from pixart_fast import Transformer, ops
 from pixart_fast.config import transformer_config
-from pixart_fast.engine import compile_blocks
+from pixart_fast.engine import compile_blocks, recompute_pointwise
 from train.data.source import ScenesSource
 from train.settings import Settings, UserError, changed_keys, flatten, load_settings
 
@@ -99,7 +99,9 @@ def build_model(settings: Settings, source: ScenesSource) -> Transformer:
     except (ValueError, RuntimeError, OSError) as error:
         raise UserError(" ".join(str(error).split())) from error
     model.null_caption = source.null_caption
-    if settings.activation_checkpointing:
+    if settings.activation_checkpointing == "pointwise":
+        recompute_pointwise(model)
+    elif settings.activation_checkpointing:
         model.enable_gradient_checkpointing()
     return compile_blocks(model) if settings.compile else model
 
