@@ -66,6 +66,7 @@ def on_our_kernels(monkeypatch, model: Transformer):
         patch.setattr(ops, "triton_problem", None)
         for op in ops.SERVED_BY["triton"]:
             model.set_backend("triton", op=op)
+        model.set_backend("reference", op="self_attention")
         yield
 
 
@@ -186,7 +187,7 @@ def test_activations_of_a_training_block(monkeypatch, tokens):
         model = xl()(layers)
         for op in ("modulated_layernorm", "cross_attention"):
             model.set_backend("triton", op=op)
-        return model
+        return model.set_backend("reference", op="self_attention")
 
     monkeypatch.setattr(ops, "triton_device", "cpu")
     monkeypatch.setattr(ops, "triton_problem", None)
