@@ -9,7 +9,7 @@ from pixart_fast.kernels import cross_attention, reference
 from tests.accuracy import assert_rms, rms_error
 from tests.kernels.conftest import DEVICE, DTYPES
 
-# A compiled kernel takes the schedule of its device; the interpreter takes either.
+# A compiled kernel takes the schedule of its device; the interpreter takes either: two kernels backward, and one pass.
 SCHEDULES = [80, 90] if DEVICE == "cpu" else [None]
 # Both schedules tile fp32 alike.
 CASES = [(dtype, sm) for dtype in DTYPES for sm in SCHEDULES if dtype != torch.float32 or sm != 90]
@@ -72,6 +72,7 @@ def check(x, sm):
         padding = torch.arange(x.k.shape[1], device=DEVICE) >= x.lengths[:, None]
         assert not any(gradient[padding].any() for gradient in actual[3:])
         assert not any(image[x.lengths == 0].any() for image in (actual[0], actual[2]))
+        assert not any(gradient[x.lengths == 1].any() for gradient in actual[2:4])  # one token has all weight
 
 
 @pytest.mark.parametrize(("dtype", "sm"), CASES)
@@ -79,10 +80,9 @@ def check(x, sm):
     ("N", "L", "lengths", "H"),
     [
         (63, 120, [0, 1, 63, 120], 2),
-        (231, 120, [120, 64, 65], 1),  # the first tile of 64 just filled, and just overrun
-        (1, 120, [120, 17, 90], 12),
-        (63, 300, [300, 120, 0, 1, 63], 1),
-        (231, 300, [191], 1),
+        (231, 120, [64, 65], 1),  # the first tile of 64 just filled, and just overrun
+        (63, 300, [300, 0, 63], 1),
+        (130, 300, [191], 1),
         (64, 63, [63, 16], 1),
     ],
 )
@@ -91,15 +91,14 @@ def test_model_heads(N, L, lengths, H, dtype, sm):
 
 
 @pytest.mark.parametrize(("dtype", "sm"), CASES)
-@pytest.mark.parametrize("L", [70, 150])
 @pytest.mark.parametrize("d", [12, 32, 64, 80, 100, 128])
-def test_other_heads(d, L, dtype, sm):
-    check(operands(63, L, [L, 33], 1, d, dtype), sm)
+def test_other_heads(d, dtype, sm):
+    check(operands(63, 70, [70, 33], 1, d, dtype), sm)
 
 
 @pytest.mark.parametrize("sm", SCHEDULES)
-def test_one_image_token_and_a_long_text(sm):
-    check(operands(1, 300, [257, 192], 16, 72, torch.float16), sm)
+def test_one_image_token(sm):
+    check(operands(1, 70, [70, 17, 33, 65], 8, 72, torch.float16), sm)
 
 
 @pytest.mark.parametrize("sm", SCHEDULES)
@@ -118,22 +117,18 @@ def test_an_image_of_4096_tokens_in_parts():
 
 
 @pytest.mark.parametrize("sm", SCHEDULES)
-@pytest.mark.parametrize("L", [120, 140])
-def test_a_batch_that_fills_the_gpu(L, sm, monkeypatch):
+def test_a_batch_that_fills_the_gpu(sm, monkeypatch):
     """It gets larger tiles, and one program for all image tokens of a head."""
     monkeypatch.setattr(cross_attention, "PROGRAMS", 1)
-    check(operands(150, L, [L, 77], 1, 72, torch.float16), sm)
+    check(operands(150, 120, [120, 77], 1, 72, torch.float16), sm)
 
 
 @pytest.mark.parametrize("sm", SCHEDULES)
-@pytest.mark.parametrize("L", [120, 140])
-def test_padding_is_never_read_and_runs_are_identical(L, sm):
+def test_padding_is_never_read_and_runs_are_identical(sm):
     """Bit by bit, whether the padding holds NaN or zeros, in the forward, and in sums over parts of the image."""
-    first, again, zeros = (
-        launch(operands(260, L, [L - 50], 1, 72, torch.float16, padding=padding), sm) for padding in (NAN, NAN, 0)
-    )
-    for a, b, c in zip(first, again, zeros, strict=True):
-        assert torch.equal(a, b) and torch.equal(a, c)
+    runs = (launch(operands(260, 120, [70], 1, 72, torch.float16, padding=padding), sm) for padding in (NAN, 0))
+    for poisoned, zeros in zip(*runs, strict=True):
+        assert torch.equal(poisoned, zeros)
 
 
 @pytest.mark.parametrize("sm", SCHEDULES)
@@ -156,7 +151,6 @@ def test_a_length_beyond_the_tensor_is_all_of_it(sm):
 
 
 @pytest.mark.parametrize("sm", SCHEDULES)
-@pytest.mark.parametrize("L", [70, 150])
 @pytest.mark.parametrize(
     "lay_out",
     [
@@ -169,15 +163,15 @@ def test_a_length_beyond_the_tensor_is_all_of_it(sm):
     ],
     ids=["do of a sum", "do of a mean", "do by heads", "q by heads", "q expanded, k by heads", "tokens last"],
 )
-def test_strides(lay_out, L, sm):
-    x = operands(37, L, [L, 40], 2, 72, torch.float16)
+def test_strides(lay_out, sm):
+    x = operands(37, 70, [70, 40], 2, 72, torch.float16)
     check(SimpleNamespace(**(vars(x) | lay_out(x))), sm)
 
 
-@pytest.mark.parametrize("sm", SCHEDULES)
-def test_large_scores_do_not_overflow(sm):
+@pytest.mark.parametrize(("dtype", "sm"), CASES)
+def test_large_scores_do_not_overflow(dtype, sm):
     """Rows whose lse is far from 0 on either side, past what exp holds in fp32 (88) and in fp16 (11)."""
-    x = operands(63, 150, [150, 40], 1, 72, torch.float16)
+    x = operands(63, 70, [70, 40], 1, 72, dtype)
     x.q[:, :, :, 0], x.k[:, :, :, 0] = torch.linspace(-60, 60, 63, device=DEVICE)[None, :, None], 30
     check(x, sm)
 
@@ -189,35 +183,3 @@ def test_volta_is_refused():
     with pytest.raises(RuntimeError, match=r"needs compute capability 8.0 or more, not 7.5"):
         cross_attention.backward(x.do, x.q, x.k, x.v, x.q, x.q, None, sm=75)
     assert list(cross_attention.variants(70)) == []
-
-
-class Recorder:
-    """Stands in for a kernel and notes the constants of its launches."""
-
-    def __init__(self, kernel, launches):
-        self.arg_names, self.launches = kernel.arg_names, launches
-
-    def __getitem__(self, grid):
-        return self.note
-
-    def note(self, *arguments, **constants):
-        absent = [name for name, value in zip(self.arg_names, arguments, strict=False) if value is None]
-        self.launches.append((self.arg_names, constants | dict.fromkeys(absent)))
-
-
-@pytest.mark.parametrize("sm", [80, 90])
-def test_variants_are_what_is_launched(sm, monkeypatch):
-    """Signatures, constants and options of every launch at XL/2's shapes, for inference and for training."""
-    shown = [
-        (kernel.arg_names, constants | options)
-        for _, kernel, signature, constants, options in cross_attention.variants(sm)
-        if list(signature) == list(kernel.arg_names)
-    ]
-    launches = []
-    for name in ("_forward_kernel", "_image_kernel", "_text_kernel"):
-        monkeypatch.setattr(cross_attention, name, Recorder(getattr(cross_attention, name), launches))
-    for L in (120, 300):
-        for B in (2, 32):
-            q, text = (torch.empty((B, n, 16, 72), dtype=torch.bfloat16, device="meta") for n in (256, L))
-            launch(SimpleNamespace(q=q, k=text, v=text, do=q, lengths=torch.empty(B, device="meta")), sm)
-    assert all(launched in shown for launched in launches) and all(one in launches for one in shown)
