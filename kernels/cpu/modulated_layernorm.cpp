@@ -244,14 +244,17 @@ FOR_EVERY_ISA void backward_bf16(const Backward& task, int64_t b, int64_t chunk,
   }
 }
 
-// Σ over the chunks of parts [B, chunks, D].
-FOR_EVERY_ISA void sum_chunks(const float* parts, int64_t b, int64_t chunks, int64_t D, float* total) {
-  std::copy(parts + b * chunks * D, parts + (b * chunks + 1) * D, total + b * D);
+// Σ over the chunks of parts [B, chunks, D], in fp64: a large image has more chunks than fp32 sums in sequence without
+// losing more than PyTorch, which sums in a tree. `line` is room for D.
+FOR_EVERY_ISA void sum_chunks(const float* parts, int64_t b, int64_t chunks, int64_t D, float* total, double* line) {
+  const float* part = parts + b * chunks * D;
+  for (int64_t i = 0; i < D; ++i) line[i] = part[i];
   for (int64_t chunk = 1; chunk < chunks; ++chunk) {
-    const float* part = parts + (b * chunks + chunk) * D;
+    part += D;
 #pragma omp simd
-    for (int64_t i = 0; i < D; ++i) total[b * D + i] += part[i];
+    for (int64_t i = 0; i < D; ++i) line[i] += part[i];
   }
+  for (int64_t i = 0; i < D; ++i) total[b * D + i] = static_cast<float>(line[i]);
 }
 
 void check_rows(const at::Tensor& x) {
@@ -379,7 +382,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> modulated
     to[i] = totals[i].mutable_data_ptr<float>();
   }
   at::parallel_for(first * B, 3 * B, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) sum_chunks(from[i / B], i % B, chunks, D, to[i / B]);
+    std::vector<double> line(D);
+    for (int64_t i = begin; i < end; ++i) sum_chunks(from[i / B], i % B, chunks, D, to[i / B], line.data());
   });
   return {dx, dresidual, totals[0], totals[1], totals[2]};
 }
