@@ -61,12 +61,21 @@ def test_training(modulation, dtype):
     exact.load_state_dict(model.state_dict())
     expected = training(exact.set_backend("reference"), torch.float64)
     baseline = training(plain, dtype)
-    for name, actual in training(model, dtype).items():
-        if not name.endswith("attn1.to_k.bias") and not name.endswith("attn2.to_k.bias"):  # zero but for rounding
+    actual = training(model, dtype)
+    vectors = []
+    for name, truth in expected.items():
+        if name.endswith("to_k.bias"):  # zero but for rounding
+            continue
+        if truth.ndim > 1:
             try:
-                assert_rms(actual, expected[name], baseline[name])
+                assert_rms(actual[name], truth, baseline[name])
             except AssertionError as error:
                 raise AssertionError(f"{name}: {error}") from error
+        else:  # few numbers, whose error is a draw: together they are enough
+            vectors.append([tensors[name].double() / truth.norm() for tensors in (actual, expected, baseline)])
+    assert len(vectors) > 10
+    together = [torch.cat(kind) for kind in zip(*vectors, strict=True)]
+    assert_rms(together[0].float(), together[1], together[2].float())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
