@@ -126,7 +126,7 @@ def block_inputs(batch: int, tokens: int, text: int, dim: int, heads: int) -> tu
 
 
 def test_ten_launches_per_block_in_inference(monkeypatch):
-    """Inductor needs 16 for diffusers' block: four fused kernels, ten matrix products, two attentions."""
+    """Every operator that follows a matrix product or goes before one is in one of our kernels."""
     model = build(heads=16, head_dim=72, layers=1).bfloat16()
     model.fuse_qkv_projections()
     with on_our_kernels(monkeypatch, model):
@@ -150,6 +150,31 @@ def test_plain_pytorch_launches_more():
     model = build(heads=16, head_dim=72, layers=1).bfloat16().set_backend("reference")
     names = launches(model, model.transformer_blocks[0], *block_inputs(2, 256, 20, 1152, 16))
     assert names.count("addmm") == 8 and len(names) > 25
+
+
+def test_diffusers_launches_thirty():
+    block = build(PixArtTransformer2DModel, heads=16, head_dim=72, layers=1).bfloat16().transformer_blocks[0]
+
+    def run(x: Tensor, text: Tensor, condition: Tensor, mask: Tensor) -> Tensor:
+        return block(x, encoder_hidden_states=text, encoder_attention_mask=mask, timestep=condition)
+
+    shapes = ((2, 256, 1152), (2, 20, 1152), (2, 6 * 1152), (2, 1, 20))
+    assert len(launches(block, run, *(torch.zeros(shape, dtype=torch.bfloat16) for shape in shapes))) == 30
+
+
+def test_diffusers_takes_four_graphs_for_all_aspect_ratios():
+    graphs = []
+
+    def keep(graph, _):
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(build(PixArtTransformer2DModel, layers=1), fullgraph=True, dynamic=True, backend=keep)
+    sizes = {"resolution": None, "aspect_ratio": None}
+    with torch.no_grad():
+        for height, width in BUCKETS:
+            compiled(**inputs(2, height // 8, width // 8, 7, 24), added_cond_kwargs=sizes)
+    assert len(graphs) == 4
 
 
 def kept_per_block(make, tokens: int) -> float:

@@ -48,7 +48,7 @@ results:
 exit status: 0 all caught, 1 a mutation survived or is invalid, 2 the unbroken tree fails
 
 examples:
-  python -m tests.mutations                          all, about 12 minutes on one core
+  python -m tests.mutations                          all, a quarter of an hour on one core
   python -m tests.mutations --kernel linear          one kernel
   python -m tests.mutations --kernel cpu --list      what would be broken, and the tests that must notice
   python -m tests.mutations --jobs 4                 four at a time
