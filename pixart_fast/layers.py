@@ -193,7 +193,10 @@ class SelfAttention(Attention):
     def onto(self, x: Tensor, gate: ops.Row, y: Tensor, bias: Tensor | None = None) -> Tensor:
         """x + gate · attention(y); projection, gate and sum are one kernel where that serves."""
         o = self.attend(y, bias)
-        fused = gated_linear(x, gate, o, self.to_out[0], self.backends["gated_linear"])
+        projection, dropout = self.to_out
+        fused = None
+        if not (dropout.training and dropout.p):
+            fused = gated_linear(x, gate, o, projection, self.backends["gated_linear"])
         return x + gate.total() * self.out(o) if fused is None else fused
 
 

@@ -145,6 +145,16 @@ def test_ten_launches_per_block_in_inference(monkeypatch):
     ]
 
 
+def test_dropout_is_not_fused_away(monkeypatch):
+    model = build(heads=16, head_dim=72, layers=1).bfloat16()
+    model.transformer_blocks[0].attn1.to_out[1].p = 0.5
+    with on_our_kernels(monkeypatch, model):
+        arguments = (model, model.transformer_blocks[0], *block_inputs(2, 256, 20, 1152, 16))
+        assert launches(*arguments).count("gated_linear") == 1
+        model.eval()
+        assert launches(*arguments).count("gated_linear") == 2
+
+
 def test_plain_pytorch_launches_more():
     """The count above sees what it should: the same block without our kernels, and with separate q, k, v."""
     model = build(heads=16, head_dim=72, layers=1).bfloat16().set_backend("reference")
