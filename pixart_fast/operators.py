@@ -13,6 +13,7 @@ without the sum in memory. Their results never share memory with their arguments
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 LIBRARY = torch.library.Library("pixart_fast", "FRAGMENT")
 
@@ -192,3 +193,16 @@ torch.library.register_autograd(
 torch.library.register_autograd(
     "pixart_fast::cross_attention", _cross_attention_backward, setup_context=_cross_attention_save, lib=LIBRARY
 )
+
+
+@register_flop_formula(torch.ops.pixart_fast.cross_attention)
+def _cross_attention_flops(q_shape, k_shape, *shapes, **options) -> int:
+    """Two products; padding of a ragged caption counts, since lengths are not known here."""
+    B, N, H, d = q_shape
+    return 4 * B * H * N * k_shape[1] * d
+
+
+@register_flop_formula(torch.ops.pixart_fast.cross_attention_backward)
+def _cross_attention_backward_flops(do_shape, q_shape, k_shape, *shapes, **options) -> int:
+    """Five products."""
+    return _cross_attention_flops(q_shape, k_shape) // 2 * 5

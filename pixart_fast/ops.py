@@ -275,9 +275,10 @@ def _auto_on_cpu(
 
 def fuses(op: str, backend: str, a: Tensor, weight: Tensor) -> bool:
     """Whether a linear operator of inference runs on one of our kernels; not where autocast is to choose the dtypes."""
-    if torch.is_grad_enabled() or torch.is_autocast_enabled(a.device.type) or a.dtype != weight.dtype:
+    if torch.is_grad_enabled() or a.dtype != weight.dtype:
         return False
-    return resolve(op, backend, a.device, dtype=a.dtype).name == "triton"
+    ours = resolve(op, backend, a.device, dtype=a.dtype).name == "triton"
+    return ours and not torch.is_autocast_enabled(a.device.type)
 
 
 def _needs_grad(*tensors: Tensor | None) -> bool:

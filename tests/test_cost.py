@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from pixart_fast import Transformer
 from pixart_fast.config import SIZES, transformer_config
 from pixart_fast.cost import forward_flops, peak_flops
+from pixart_fast.kernels import reference
 
 
 @pytest.mark.parametrize(("size", "latent", "text_tokens"), [("scenes", 16, 13), ("XL", 32, 120), ("S", 64, 300)])
@@ -28,6 +30,21 @@ def test_forward_flops(size, latent, text_tokens):
         out_features=32,
     )
     assert predicted == pytest.approx(counter.get_total_flops(), rel=1e-3)
+
+
+def test_our_attention_counts_as_products():
+    """Two of them forward, as plain PyTorch has, and five backward: the scores are computed again."""
+    q, k = torch.empty(2, 5, 3, 8, requires_grad=True), torch.empty(2, 7, 3, 8, requires_grad=True)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        with FlopCounterMode(display=False) as forward:
+            o, _ = torch.ops.pixart_fast.cross_attention(q, k, k, None)
+        with FlopCounterMode(display=False) as plain:
+            reference.self_attention(q, k, k)
+        with FlopCounterMode(display=False) as backward:
+            o.sum().backward()
+    product = 2 * (2 * 3) * 5 * 7 * 8
+    assert forward.get_total_flops() == plain.get_total_flops() == 2 * product
+    assert backward.get_total_flops() == 5 * product
 
 
 def test_peaks_are_named_by_device():
