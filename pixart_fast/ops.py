@@ -251,6 +251,8 @@ def _auto_on_cuda(op: str, device: torch.device, dtype: torch.dtype | None, need
     problem = _problem(op, "triton", device, dtype, needs_grad)
     if problem is not None:
         return Choice("reference", problem)
+    if op in ("gated_linear", "linear_gelu") and dtype == torch.float32:
+        return Choice("reference", "fp32 products of Triton run without tensor cores")
     return Choice("triton", f"one fused kernel on sm_{sm[0]}{sm[1]}")
 
 

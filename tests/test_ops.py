@@ -405,6 +405,7 @@ def test_auto_on_a_gpu(gpu, sm):
     }
     for op in ("gated_linear", "linear_gelu"):
         assert ops.resolve(op, "auto", "cuda", dtype=half, needs_grad=True).name == "reference"
+        assert ops.resolve(op, "auto", "cuda", dtype=torch.float32).name == "reference"
     if sm >= (7, 0):
         assert ops.resolve("modulated_layernorm", "auto", "cuda", dtype=torch.float64).name == "reference"
         assert ops.resolve("self_attention", "auto", "cuda", dtype=torch.float32).name == "reference"
