@@ -70,14 +70,11 @@ def on_our_kernels(monkeypatch, model: Transformer):
         yield
 
 
-@pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("policy", ["plain", "recompute"])
-def test_one_graph_for_all_blocks_and_all_aspect_ratios(training, policy):
+@pytest.mark.parametrize("use", ["inference", "training", "training, recomputing"])
+def test_one_graph_for_all_blocks_and_all_aspect_ratios(use):
     assert len(set(BUCKETS)) == 40
-    if policy == "recompute" and not training:
-        pytest.skip("nothing is recomputed without a backward")
     model = build()
-    if policy == "recompute":
+    if use == "training, recomputing":
         recompute_pointwise(model)
     graphs = []
 
@@ -87,7 +84,7 @@ def test_one_graph_for_all_blocks_and_all_aspect_ratios(training, policy):
 
     for block in model.transformer_blocks:
         block.compile(fullgraph=True, dynamic=True, backend=keep)
-    with torch.set_grad_enabled(training):
+    with torch.set_grad_enabled(use != "inference"):
         for height, width in BUCKETS:
             sample = model(**inputs(2, height // 8, width // 8, 7, 24)).sample
             assert sample.shape == (2, 8, height // 8, width // 8)
