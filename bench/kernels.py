@@ -15,6 +15,8 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+from bench import cost
+from bench.cost import Cost, total
 from bench.measure import Case, Operands, Path
 from pixart_fast import env, ops
 
@@ -94,9 +96,7 @@ def modulated_layernorm(passes: str, B: int, N: int, dtype: torch.dtype, device:
     if device.type == "cuda":
         for name, found in (("apex", _apex(D)), ("liger", _liger(D, dtype, device))):
             paths[name] = found if isinstance(found, str) else around(found)
-    # Forward: x and residual read, x1 and y written. Backward: dy, dx1, x1 and residual read, dx and dresidual written.
-    tensors = {"forward": 4, "backward": 6, "forward+backward": 10}[passes]
-    least = tensors * B * N * D * dtype.itemsize
+    least = total(cost.modulated_layernorm(B * N, D, dtype.itemsize, passes)).bytes
     return Case(
         "modulated_layernorm", passes, sizes(B=B, N=N, D=D), dtype, device, inputs, (Path(plain),), paths,
         chosen("modulated_layernorm", passes, dtype, device), least,
@@ -116,17 +116,6 @@ def _liger(D: int, dtype: torch.dtype, device: torch.device) -> Callable[[Tensor
         return found
     one, zero = torch.ones(D, device=device, dtype=dtype), torch.zeros(D, device=device, dtype=dtype)
     return lambda x1: found.liger_layer_norm(x1, one, zero, EPS)
-
-
-def _attention_costs(passes: str, query: int, text: int, pairs: int, dtype: torch.dtype) -> tuple[int, int]:
-    """Least bytes and flop of an attention: numbers in q, in k, and multiplications of q kᵀ.
-
-    Forward reads q, k, v and writes o, two products; backward reads those and do, writes dq, dk, dv, five products.
-    """
-    forward = (2 * query + 2 * text) * dtype.itemsize, 4 * pairs
-    backward = (4 * query + 4 * text) * dtype.itemsize, 10 * pairs
-    both = forward[0] + backward[0], forward[1] + backward[1]
-    return {"forward": forward, "backward": backward, "forward+backward": both}[passes]
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -167,10 +156,10 @@ def self_attention(
         ):
             found = installed(name, module)
             paths[name] = found if isinstance(found, str) else Path(_flash(found))
-    least, flops = _attention_costs(passes, B * N * H * d, B * N * H * d, B * H * N * N * d, dtype)
+    least = total(cost.attention(B * N * H * d, B * N * H * d, B * H * N * N * d, dtype.itemsize, passes))
     return Case(
         "self_attention", passes, sizes(B=B, N=N, H=H, d=d), dtype, device, inputs, plain, paths,
-        chosen("self_attention", passes, dtype, device, N * N), least, flops, by_sample=True,
+        chosen("self_attention", passes, dtype, device, N * N), least.bytes, least.flops, by_sample=True,
     )  # fmt: skip
 
 
@@ -224,11 +213,11 @@ def cross_attention(
         ):
             found = installed(package, module)
             paths[name] = found if isinstance(found, str) else _varlen(getattr(found, function), L)
-    least, flops = _attention_costs(passes, B * N * H * d, tokens * H * d, N * tokens * H * d, dtype)
+    least = total(cost.attention(B * N * H * d, tokens * H * d, N * tokens * H * d, dtype.itemsize, passes))
     return Case(
         "cross_attention", passes, sizes(B=B, N=N, L=L, H=H, d=d), dtype, device, inputs,
         (Path(plain), Path(_sdpa, masked)), paths, chosen("cross_attention", passes, dtype, device, N * L),
-        least, flops, by_sample=True,
+        least.bytes, least.flops, by_sample=True,
     )  # fmt: skip
 
 
@@ -287,7 +276,8 @@ def gated_linear(B: int, N: int, K: int, dtype: torch.dtype, device: torch.devic
     def ours(a: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, gate: Tensor, row: Tensor) -> Tensor:
         return ops.gated_linear(residual, ops.Row(gate, row), a, weight, bias)
 
-    return _linear_case("gated_linear", B, N, K, D, dtype, device, inputs, plain, ours, residuals=1)
+    least = total(cost.gated_linear(B * N, K, D, dtype.itemsize))
+    return _linear_case("gated_linear", B, N, K, D, dtype, device, inputs, plain, ours, least)
 
 
 def linear_gelu(B: int, N: int, dtype: torch.dtype, device: torch.device, K: int = 1152, D: int = 4608) -> Case:
@@ -301,7 +291,8 @@ def linear_gelu(B: int, N: int, dtype: torch.dtype, device: torch.device, K: int
     def plain(a: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return F.gelu(F.linear(a, weight, bias), approximate="tanh")
 
-    return _linear_case("linear_gelu", B, N, K, D, dtype, device, inputs, plain, ops.linear_gelu, residuals=0)
+    least = total(cost.linear_gelu(B * N, K, D, dtype.itemsize))
+    return _linear_case("linear_gelu", B, N, K, D, dtype, device, inputs, plain, ops.linear_gelu, least)
 
 
 def _linear_case(
@@ -315,11 +306,10 @@ def _linear_case(
     inputs,
     plain,
     ours,
-    residuals: int,
+    least: Cost,
 ) -> Case:
     paths = {"ours": Path(ours), "eager": Path(plain), "compiled": Path(compiled(plain))}
-    numbers = B * N * K + K * D + (1 + residuals) * B * N * D
     return Case(
         op, "forward", sizes(B=B, N=N, K=K, D=D), dtype, device, inputs, (Path(plain),), paths,
-        chosen(op, "forward", dtype, device), numbers * dtype.itemsize, 2 * B * N * K * D,
+        chosen(op, "forward", dtype, device), least.bytes, least.flops,
     )  # fmt: skip

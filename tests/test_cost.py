@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pixart_fast import Transformer
 from pixart_fast.config import SIZES, transformer_config
-from pixart_fast.cost import forward_flops, peak_flops
+from pixart_fast.cost import DATA_SHEETS, forward_flops, peak_flops
 from pixart_fast.kernels import reference
 
 
@@ -47,10 +47,40 @@ def test_our_attention_counts_as_products():
     assert backward.get_total_flops() == 5 * product
 
 
-def test_peaks_are_named_by_device():
-    assert peak_flops("NVIDIA A100-SXM4-80GB") == 312e12
-    assert peak_flops("Tesla V100-SXM2-16GB") == 125e12
-    assert peak_flops("cpu") is None
+@pytest.mark.parametrize(
+    ("device", "peak"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("Tesla V100-SXM2-16GB", 125e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA H100 PCIe", None),  # slower than the module of the same chip
+        ("NVIDIA H200 NVL", None),
+        ("NVIDIA GH200 480GB", None),
+        ("NVIDIA A100-SXM4-80GB MIG 3g.40gb", None),  # a part of a device
+        ("cpu", None),
+    ],
+)
+def test_peaks_are_named_by_device(device, peak):
+    assert peak_flops(device) == peak
+
+
+def test_data_sheets_agree_with_what_is_known_of_the_chips():
+    """Tensor-core rates from units, clock and width: 640 units of 64 multiply-adds at 1.53 GHz, 432 of 256 at 1.41 GHz,
+    528 of 512 at 1.83 GHz; memory rates from 4096, 5120, 5120 and 6144 lines at 1.75, 2.43, 3.19, 5.23 and 6.25 Gb/s.
+    """
+    products = {"v100": 640 * 64 * 1.53e9, "a100": 432 * 256 * 1.41e9, "h100": 528 * 512 * 1.83e9}
+    lines = {
+        "v100": 4096 * 1.75e9,
+        "a100-40gb": 5120 * 2.43e9,
+        "a100": 5120 * 3.19e9,
+        "h100": 5120 * 5.23e9,
+        "h200": 6144 * 6.25e9,
+    }
+    for name, rate in products.items():
+        assert DATA_SHEETS[name].matmul == pytest.approx(2 * rate, rel=0.01)
+    for name, rate in lines.items():
+        assert DATA_SHEETS[name].bandwidth == pytest.approx(rate / 8, rel=0.01)
 
 
 def test_heads_must_divide_the_width():
