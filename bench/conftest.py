@@ -1,22 +1,26 @@
 """What every benchmark shares: the device, its ceilings, the fixture `row`, and what goes into the JSON.
 
-`row(case, path)` turns one path of a `bench.measure.Case` into a row of pytest-benchmark. All paths of a case are
-measured together, in turns, when its first row is asked for; each row then plays its own seconds back, so that the
-tables, `--benchmark-json` and `--benchmark-compare` are pytest-benchmark's own. A path that is absent skips and says
-why; one whose result is not accurate fails and has no row.
+`row(case, path)` turns one path of a `bench.measure.Case` into a row of pytest-benchmark; with `ladder`, of a
+ladder. All paths of a case are measured together, in turns, when its first row is asked for; each row then plays its
+own seconds back, so that the tables, `--benchmark-json` and `--benchmark-compare` are pytest-benchmark's own. A path
+that is absent skips and says why; one whose result is not accurate fails and has no row.
 """
 
+import json
 import os
 import platform
 import re
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from bench.measure import DEVICE, Case, Ceilings, Row, compare, measure_ceilings
+from bench import records
+from bench.measure import DEVICE, Case, Ceilings, Row, compare, is_project, measure_ceilings
 from pixart_fast import env, ops
+from pixart_fast.cost import peak_flops
 
 _now = 0.0
 
@@ -31,13 +35,75 @@ def _play(seconds: Iterator[float]) -> None:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--commit", help="the commit that is measured, where git cannot tell it")
+    group = parser.getgroup("pixart_fast", "benchmarks of pixart_fast")
+    group.addoption("--commit", help="the commit that is measured, where git cannot tell it")
+    group.addoption(
+        "--scale",
+        choices=("small", "full"),
+        help="full: XL/2 with its 28 blocks, minutes on a GPU and the default there; small: XL/2's width with few "
+        "blocks, minutes on two CPU cores",
+    )
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "sizes(names, small, full): parametrize with the list of --scale")
+    config.addinivalue_line("markers", "paths(*names, cuda): parametrize `path`, with further ones on a CUDA device")
+    if config.getoption("benchmark_compare_fail") and not config.getoption("benchmark_compare"):
+        _compare_with_committed(config)
+
+
+COMMITTED = pytest.StashKey[dict]()
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def _compare_with_committed(config: pytest.Config) -> None:
+    """`--benchmark-compare-fail` alone is against the newest committed results of this device."""
+    device = device_name(DEVICE)
+    committed = records.last(RESULTS, device)
+    if committed is None:
+        raise pytest.UsageError(
+            f"bench/results has no results of {device} to compare with: add some with `make report ARGS=--measure`, "
+            "or name others with --benchmark-compare"
+        )
+    # pytest-benchmark reads one file, and does so when it is configured, after this.
+    folder = tempfile.TemporaryDirectory()
+    config.add_cleanup(folder.cleanup)
+    file = Path(folder.name) / "committed.json"
+    file.write_text(json.dumps(committed))
+    config.option.benchmark_compare = str(file)
+    config.stash[COMMITTED] = committed
+
+
+def pytest_report_header(config: pytest.Config) -> str | None:
+    if committed := config.stash.get(COMMITTED, None):
+        return f"committed results to compare with: {committed['file']} of {committed['machine_info']['device']}"
+    return None
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    for marker in metafunc.definition.iter_markers("paths"):
+        metafunc.parametrize("path", marker.args + (marker.kwargs.get("cuda", ()) if DEVICE.type == "cuda" else ()))
+    for marker in metafunc.definition.iter_markers("sizes"):
+        metafunc.parametrize(marker.args[0], marker.kwargs[_scale(metafunc.config)])
+
+
+def _scale(config: pytest.Config) -> str:
+    return config.getoption("--scale") or ("full" if DEVICE.type == "cuda" else "small")
+
+
+@pytest.fixture(scope="session")
+def scale(request: pytest.FixtureRequest) -> str:
+    return _scale(request.config)
+
+
+@pytest.hookimpl(trylast=True)  # after -k has chosen
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         if "row" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.benchmark(timer=playback_clock))
+    committed = config.stash.get(COMMITTED, None)
+    if committed and not {item.nodeid for item in items} & {row["fullname"] for row in committed["benchmarks"]}:
+        raise pytest.UsageError(f"none of the chosen benchmarks is in {committed['file']}: there is nothing to compare")
 
 
 @pytest.fixture(scope="session")
@@ -57,10 +123,8 @@ def measured() -> dict[str, dict[str, Row | str]]:
 
 
 @pytest.fixture
-def row(benchmark, request, measured) -> Callable[[Case, str], None]:
-    def of(case: Case, path: str) -> None:
-        if case.device.type != DEVICE.type:
-            pytest.skip(f"rows of {case.device} are measured where it is the fastest device, not beside {DEVICE}")
+def row(benchmark, request, measured) -> Callable[..., None]:
+    def of(case: Case, path: str, ladder: dict[str, str | int] | None = None) -> None:
         if case.name not in measured:
             measured[case.name] = compare(case, rounds=None if benchmark.enabled else 0)
         rows = measured[case.name]
@@ -73,8 +137,11 @@ def row(benchmark, request, measured) -> Callable[[Case, str], None]:
         if not benchmark.enabled:
             benchmark.pedantic(lambda: None)
             return
-        benchmark.group = case.name
+        benchmark.group = case.name if ladder is None else f"ladder of {case.name}"
         benchmark.extra_info.update(extra_info(case, path, rows, request.getfixturevalue("ceilings")))
+        if ladder is not None:
+            absent = {name: why for name, why in rows.items() if name.startswith("+") and isinstance(why, str)}
+            benchmark.extra_info.update(op="ladder", absent=absent, **ladder)
         seconds = iter(result.seconds)
         benchmark.pedantic(_play, args=(seconds,), rounds=len(result.seconds))
 
@@ -85,11 +152,11 @@ def extra_info(case: Case, path: str, rows: dict[str, Row | str], ceilings: Ceil
     """What a row holds besides its seconds; `bench.report` reads this."""
     result = rows[path]
     timed = {name: row.median for name, row in rows.items() if isinstance(row, Row) and row.seconds}
-    baselines = {name: median for name, median in timed.items() if name != "ours"}
+    baselines = {name: median for name, median in timed.items() if not is_project(name)}
     best = min(baselines, key=baselines.get) if baselines else None
     limit, bound_by = ceilings.limit(case)
     rate = {"gb_per_s": case.bytes / result.median / 1e9, "tflop_per_s": case.flops / result.median / 1e12}
-    return {
+    info = {
         "op": case.op,
         "pass": case.passes,
         "shape": case.shape,
@@ -105,6 +172,17 @@ def extra_info(case: Case, path: str, rows: dict[str, Row | str], ceilings: Ceil
         "best_baseline": best,
         "speedup": round(baselines[best] / result.median, 3) if best else None,
         "absent": {name: reason for name, reason in rows.items() if isinstance(reason, str)} if path == "ours" else {},
+    }
+    return info | model_info(case, result) if case.images else info
+
+
+def model_info(case: Case, result: Row) -> dict:
+    """What a row of a model holds besides."""
+    peak = peak_flops(device_name(case.device))
+    return case.labels | {
+        "images_per_s": float(f"{case.images / result.median:.4g}"),
+        "mfu_percent": round(100 * case.flops / result.median / peak, 1) if peak else None,
+        "compile_s": result.compile_seconds and round(result.compile_seconds, 1),
     }
 
 

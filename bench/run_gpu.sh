@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that needs a CUDA device, in order of worth: the tests marked gpu, the kernel benchmarks.
+# Everything that needs a CUDA device, in order of worth: the tests marked gpu, then the groups of the benchmark.
 #
 #     bench/run_gpu.sh                  results go to bench/results/<device>/ and into README's table
 #     OUT=/some/folder bench/run_gpu.sh logs and JSON go to that folder as each part ends; later, in a checkout,
@@ -7,7 +7,8 @@
 #
 # PYTHON   the interpreter (default: .venv's, else python3); it needs torch >= 2.11 with CUDA, Triton and pytest
 # COMMIT   the commit that is measured, where this is no git checkout
-# PARTS    what runs (default: all): tests modulated_layernorm cross_attention self_attention linear
+# PARTS    what runs (default: all): tests kernels memory train generate block
+# SCALE    of the benchmarks (default: full)
 #
 # A part whose JSON lies in OUT already is not measured again, so that a run that was cut off can go on.
 set -uo pipefail
@@ -19,7 +20,7 @@ if [ -z "$python" ]; then
   [ -x .venv/bin/python ] && python=.venv/bin/python
 fi
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
-parts=${PARTS:-tests modulated_layernorm cross_attention self_attention linear}
+parts=${PARTS:-tests kernels memory train generate block}
 out=${OUT:-$(mktemp -d)}
 mkdir -p "$out"
 told=()
@@ -42,18 +43,17 @@ part() {  # part NAME PYTEST_ARGUMENTS...: its output to a log, its time and las
   echo "$name: $(tail -n 1 "$out/$name.log") ($((SECONDS - begin)) s)"
 }
 
-benchmark() {  # benchmark NAME KEYWORD
+benchmark() {  # benchmark GROUP
   [ -s "$out/$1.json" ] && return
-  part "$1" bench/test_gpu_kernels.py --benchmark-only -k "$2" "${told[@]}" "--benchmark-json=$out/$1.part"
+  part "$1" "bench/test_$1.py" --benchmark-only --scale "${SCALE:-full}" "${told[@]}" "--benchmark-json=$out/$1.part"
   [ -s "$out/$1.part" ] && mv "$out/$1.part" "$out/$1.json"
 }
 
 # Some tests need packages that a GPU machine may lack, diffusers for one; the others run.
 part tests tests -m gpu --continue-on-collection-errors
-benchmark modulated_layernorm test_modulated_layernorm
-benchmark cross_attention test_cross_attention
-benchmark self_attention test_self_attention
-benchmark linear "test_gated_linear or test_linear_gelu"
+for group in kernels memory train generate block; do
+  benchmark "$group"
+done
 
 if [ -z "${OUT:-}" ]; then
   "$python" -m bench.report --add "$out"/*.json || failed+=(report)

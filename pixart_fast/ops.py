@@ -259,7 +259,7 @@ def _auto_on_cuda(op: str, device: torch.device, dtype: torch.dtype | None, need
 def _auto_on_cpu(
     op: str, device: torch.device, dtype: torch.dtype | None, needs_grad: bool, scores: int | None
 ) -> Choice:
-    if torch.compiler.is_compiling():
+    if op == "modulated_layernorm" and torch.compiler.is_compiling():
         return Choice("reference", "torch.compile fuses plain PyTorch with its neighbours")
     if op not in SERVED_BY["cpu"]:
         return Choice("reference", "the matrix product is the library's")
