@@ -37,6 +37,7 @@ def _play(seconds: Iterator[float]) -> None:
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("pixart_fast", "benchmarks of pixart_fast")
     group.addoption("--commit", help="the commit that is measured, where git cannot tell it")
+    group.addoption("--rounds", type=int, help="how often a path is timed; by default as often as a second or two take")
     group.addoption(
         "--scale",
         choices=("small", "full"),
@@ -126,7 +127,7 @@ def measured() -> dict[str, dict[str, Row | str]]:
 def row(benchmark, request, measured) -> Callable[..., None]:
     def of(case: Case, path: str, ladder: dict[str, str | int] | None = None) -> None:
         if case.name not in measured:
-            measured[case.name] = compare(case, rounds=None if benchmark.enabled else 0)
+            measured[case.name] = compare(case, request.config.getoption("--rounds") if benchmark.enabled else 0)
         rows = measured[case.name]
         result = rows[path]
         if isinstance(result, str):

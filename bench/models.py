@@ -34,8 +34,8 @@ from pixart_fast.transformer import Block, Caption, Stream
 REFERENCE = dict.fromkeys(ops.OPS, "reference")
 COMPILED = ("ours", "reference compiled", "diffusers compiled", "diffusers compiled whole", "diffusers fused qkv")
 PATHS = (*COMPILED, "ours eager", "reference eager", "diffusers eager")
-# What training can take: fused projections are for inference, and a model compiled whole takes as long as all the rest.
-TRAINED = tuple(path for path in PATHS if path not in ("diffusers fused qkv", "diffusers compiled whole"))
+# Fused projections are for inference, and a model compiled whole takes as long as all the rest: measured in `forward`.
+EVERYWHERE = tuple(path for path in PATHS if path not in ("diffusers fused qkv", "diffusers compiled whole"))
 # What stands beside ours at more sizes than one.
 NEAREST = ("ours", "diffusers eager", "diffusers compiled")
 # One change per rung, each on top of those before it: the operators that leave plain PyTorch, or what the comment says.

@@ -16,10 +16,10 @@ XL = SIZES["XL"]
 
 @pytest.mark.sizes("pixels, batch", small=[(256, 2)], full=[(256, 32), (1024, 2)])
 @pytest.mark.sizes("passes", small=["forward"], full=["forward", "forward+backward"])
-@pytest.mark.paths(*models.TRAINED)
+@pytest.mark.paths(*models.EVERYWHERE)
 def test_block(row, passes, pixels, batch, path):
     workload = models.Workload(XL._replace(layers=1), pixels, batch, BF16, DEVICE)
-    row(models.block(passes, workload, models.TRAINED), path)
+    row(models.block(passes, workload, models.EVERYWHERE), path)
 
 
 @pytest.mark.sizes("layers, pixels, batch", small=[(2, 256, 2)], full=[(28, 256, 32), (28, 512, 8), (28, 1024, 2)])

@@ -11,11 +11,11 @@ from bench import models
 from bench.measure import DEVICE, Case
 from pixart_fast.config import SIZES
 
-PATHS = tuple(path for path in models.PATHS if path != "diffusers compiled whole")
+PATHS = models.EVERYWHERE
 # Few steps of some blocks: what is done once for all blocks, or once for all steps, keeps about its share.
 RUNS = pytest.mark.sizes(
     "layers, pixels, batch, steps",
-    small=[(4, 256, 1, 5)],
+    small=[(3, 256, 1, 4)],
     full=[(28, 256, 16, 20), (28, 512, 4, 20), (28, 1024, 1, 20)],
 )
 
