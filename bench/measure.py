@@ -358,8 +358,6 @@ def _timed(
         if case.device.type != "cuda" or not case.graphed:
             prepared = [_prepare(case, case.paths[name], *inputs, update=True) for inputs in sets]
             calls[name] = _in_turn(prepared)
-            for call in prepared:
-                call()
             continue
         try:
             graph, memory = _captured(case, case.paths[name], sets, turns)
@@ -371,9 +369,9 @@ def _timed(
         kept.append(memory)
         calls[name], per_round = graph.replay, len(sets) * turns
     clock = _events if case.device.type == "cuda" else _perf_counter
+    clock(list(calls.values()), len(sets) if per_round == 1 else 2)  # every input set, or every graph, has run
     if rounds is None:
-        for _ in range(1 if case.images else 2):
-            once = sum(map(statistics.mean, clock(list(calls.values()), 2)))
+        once = sum(map(statistics.mean, clock(list(calls.values()), 1 if case.images else 2)))
         least, most = ROUNDS_OF_MODELS if case.images else ROUNDS
         rounds = min(most, max(least, int(SECONDS_PER_CASE[case.device.type] / once)))
     # A whole number of turns, so that every path meets every input set equally often.

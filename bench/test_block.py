@@ -14,8 +14,8 @@ BF16 = torch.bfloat16
 XL = SIZES["XL"]
 
 
-@pytest.mark.sizes("pixels, batch", small=[(256, 2)], full=[(256, 32), (1024, 2)])
-@pytest.mark.sizes("passes", small=["forward"], full=["forward", "forward+backward"])
+# Few blocks of a forward pass say the same at small scale.
+@pytest.mark.sizes("passes, pixels, batch", small=[], full=[("forward", 256, 32), ("forward+backward", 256, 32)])
 @pytest.mark.paths(*models.EVERYWHERE)
 def test_block(row, passes, pixels, batch, path):
     workload = models.Workload(XL._replace(layers=1), pixels, batch, BF16, DEVICE)

@@ -15,7 +15,7 @@ PATHS = models.EVERYWHERE
 # Few steps of some blocks: what is done once for all blocks, or once for all steps, keeps about its share.
 RUNS = pytest.mark.sizes(
     "layers, pixels, batch, steps",
-    small=[(3, 256, 1, 4)],
+    small=[(3, 256, 1, 3)],
     full=[(28, 256, 16, 20), (28, 512, 4, 20), (28, 1024, 1, 20)],
 )
 
