@@ -85,7 +85,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     for marker in metafunc.definition.iter_markers("paths"):
         metafunc.parametrize("path", marker.args + (marker.kwargs.get("cuda", ()) if DEVICE.type == "cuda" else ()))
     for marker in metafunc.definition.iter_markers("sizes"):
-        metafunc.parametrize(marker.args[0], marker.kwargs[_scale(metafunc.config)])
+        metafunc.parametrize(marker.args[0], marker.kwargs[_scale(metafunc.config)], ids=_name)
+
+
+def _name(value: object) -> str | None:
+    """A dtype's name in a test's; None leaves it to pytest."""
+    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else None
 
 
 def _scale(config: pytest.Config) -> str:
@@ -253,3 +258,23 @@ def pytest_benchmark_update_json(config: pytest.Config, output_json: dict) -> No
         }
         for name in ("options", "params", "param"):
             benchmark.pop(name, None)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """What pytest-benchmark's tables do not say of a row: error, share of the limit, ratio to the best baseline."""
+    rows = [row for row in config._benchmarksession.benchmarks if "rms_error" in row.extra_info]
+    if not rows:
+        return
+    terminalreporter.section("against fp64, the limit and the best baseline")
+    group = None
+    for row in rows:
+        info = row.extra_info
+        if row.group != group:
+            group = row.group
+            terminalreporter.write_line(group)
+        ratio = "" if info["speedup"] is None else f"  {info['speedup']:.2f} x {info['best_baseline']}"
+        terminalreporter.write_line(
+            f"  {info['path']:26} {row.stats.median * 1e3:10.3f} ms"
+            f"  {info['percent_of_ceiling']:5.1f} % of {info['bound_by']:6}"
+            f"  error {info['rms_error']:.1e} of {info['rms_bound']:.1e}{ratio}"
+        )

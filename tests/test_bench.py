@@ -37,7 +37,7 @@ def test_every_row_is_accurate():
 
 
 GROUPS = {
-    "kernels": "test_modulated_layernorm and forward and 64-16-128-dtype0 and not backward",
+    "kernels": "test_modulated_layernorm and forward and 64-16-128-float32 and not backward",
     "block": "test_forward_of_blocks",
     "train": "embedded_default",
     "generate": "test_generate",

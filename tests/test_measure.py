@@ -444,6 +444,18 @@ def test_rows_of_models(pytest_run):
     assert rows["test_rung"]["group"] != rows["test_model[ours]"]["group"]
 
 
+def test_what_is_printed_of_a_row(pytest_run):
+    """Error and bound, share of the limit, ratio to the best baseline; as in the JSON."""
+    rows = {row["fullname"].split("::")[-1]: row for row in pytest_run.json["benchmarks"]}
+    for name in ("test_right[ours]", "test_model[ours]"):
+        info, lines = rows[name]["extra_info"], pytest_run.printed.splitlines()
+        line = lines[lines.index(rows[name]["group"]) + 1]
+        assert line.startswith("  ours ") and f"{info['percent_of_ceiling']:.1f} % of {info['bound_by']}" in line
+        assert f"{rows[name]['stats']['median'] * 1e3:.3f} ms" in line
+        assert f"error {info['rms_error']:.1e} of {info['rms_bound']:.1e}" in line
+        assert line.endswith(f"{info['speedup']:.2f} x {info['best_baseline']}")
+
+
 def test_scale_chooses_the_sizes(pytest_run):
     printed = pytest_run.of("--collect-only", "-q", "--scale", "full")
     assert "test_model[ours]" in printed and "test_model[other compiled]" not in printed
