@@ -108,7 +108,7 @@ class Workload:
 def _built(of: type, workload: Workload) -> nn.Module:
     torch.manual_seed(0)
     with torch.device(workload.device):
-        return of(**workload.config()).to(workload.dtype).eval()
+        return of(**workload.config()).to(workload.device, workload.dtype).eval()  # buffers made by NumPy too
 
 
 def _model(of: type, workload: Workload) -> nn.Module:
