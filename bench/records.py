@@ -256,7 +256,11 @@ def pairs(devices: dict[str, list[Entry]]) -> list[Pair]:
         else:
             of = pair.measured.setdefault(info["device"], {})
             of[info["modulation"]] = info["bytes"]["total"], info["error_percent"]
-    return [pair for pair in found.values() if set(pair.predicted) == set(MODULATIONS)]
+    # In the order of the run that has most of them: a later run of a few settings does not move those.
+    settings = [[row["extra_info"].get("setting") for row in entry.run["benchmarks"]] for entry in memory]
+    order = list(dict.fromkeys([*max(settings, key=lambda of: len(set(of)), default=[]), *found]))
+    complete = [pair for pair in found.values() if set(pair.predicted) == set(MODULATIONS)]
+    return sorted(complete, key=lambda pair: order.index(pair.info["setting"]))
 
 
 def last(results: Path, device: str) -> dict[str, Any] | None:

@@ -284,6 +284,18 @@ def test_memory_beside_the_paper(tmp_path):
     assert details(root, "|  | adaln | measured") == ["|  | adaln | measured | 28.4 GB |" + " – |" * 7 + " −1.2 % |"]
 
 
+def test_memory_keeps_the_order_of_the_settings(tmp_path):
+    """The paper's setting comes first where it was measured first, also when it alone is measured again."""
+    settings = {
+        name: [memory("predicted", of, setting=name, what=name, ema=1) for of in records.MODULATIONS]
+        for name in ("paper", "batch 64", "ZeRO 3")
+    }
+    later = run(*settings["paper"], moment="2026-11-23T08:00:00.000000+00:00")
+    root = house(tmp_path, run(*(of for pair in settings.values() for of in pair)), later)
+    assert report.main([], root) == 0
+    assert [line.split(" |")[0] for line in lines(root, "| predicted")] == [f"| predicted: {name}" for name in settings]
+
+
 def broken(rows, place=0, **changes):
     rows = copy.deepcopy(list(rows))
     for key, value in changes.items():
