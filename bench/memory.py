@@ -371,13 +371,17 @@ def _clear(device: torch.device) -> int:
 
 
 def profiled_peak(profiled: profile) -> int:
-    """The largest sum of allocations and frees since a profile began, within the range named `MEASURED`: bytes."""
+    """The largest sum of allocations and frees since a profile began, within the range named `MEASURED`: bytes.
+
+    Of several such ranges the least: threads of a collective free its copies when they come to it, which only adds.
+    """
     events = sorted(profiled.profiler.kineto_results.events(), key=lambda event: event.start_ns())
-    begin, end = next((e.start_ns(), e.start_ns() + e.duration_ns()) for e in events if e.name() == MEASURED)
-    peak = allocated = 0
+    ranges = [(e.start_ns(), e.start_ns() + e.duration_ns()) for e in events if e.name() == MEASURED]
+    peaks, allocated = [0] * len(ranges), 0
     for event in events:
         if event.name() == "[memory]":
             allocated += event.nbytes()
-            if begin <= event.start_ns() <= end:
-                peak = max(peak, allocated)
-    return peak
+            for place, (begin, end) in enumerate(ranges):
+                if begin <= event.start_ns() <= end:
+                    peaks[place] = max(peaks[place], allocated)
+    return min(peaks)
