@@ -14,72 +14,26 @@ from diffusers import (
     PixArtTransformer2DModel,
 )
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch import nn
-from transformers import T5Config, T5EncoderModel, T5Tokenizer
+from transformers import T5EncoderModel, T5Tokenizer
 
 from pixart_fast import Transformer
-
-TEXT_WIDTH = 16
-WORDS = ("a", "painting", "of", "red", "blue", "cat", "dog", "in", "the", "snow", "blurry", "bad")
+from tests import published
+from tests.published import transformers
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> T5Tokenizer:
-    """A unigram tokenizer of a few words and all letters, made here: T5's own would be a download."""
-    letters = "abcdefghijklmnopqrstuvwxyz,.\N{LOWER ONE EIGHTH BLOCK}"
-    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
-    pieces += [(f"\N{LOWER ONE EIGHTH BLOCK}{word}", -2.0) for word in WORDS] + [(letter, -8.0) for letter in letters]
-    return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=300)
+    return published.tokenizer()
 
 
 @pytest.fixture(scope="module")
 def text_encoder(tokenizer) -> T5EncoderModel:
-    torch.manual_seed(1)
-    config = T5Config(
-        vocab_size=len(tokenizer),
-        d_model=TEXT_WIDTH,
-        d_kv=8,
-        d_ff=32,
-        num_layers=1,
-        num_heads=2,
-        feed_forward_proj="gated-gelu",
-    )
-    encoder = T5EncoderModel(config).eval()
-    nn.init.normal_(encoder.shared.weight)
-    return encoder
+    return published.text_encoder(len(tokenizer))
 
 
 @pytest.fixture(scope="module")
 def vae() -> AutoencoderKL:
-    torch.manual_seed(2)
-    return AutoencoderKL(
-        block_out_channels=(4, 4),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        layers_per_block=1,
-        norm_num_groups=2,
-        latent_channels=4,
-    ).eval()
-
-
-def transformers(**changes) -> tuple[PixArtTransformer2DModel, Transformer]:
-    """diffusers' transformer and ours with the same weights."""
-    config = {
-        "num_attention_heads": 3,
-        "attention_head_dim": 8,
-        "num_layers": 2,
-        "cross_attention_dim": 24,
-        "sample_size": 8,
-        "caption_channels": TEXT_WIDTH,
-        **changes,
-    }
-    torch.manual_seed(0)
-    theirs = PixArtTransformer2DModel(**config).eval()
-    for parameter in theirs.parameters():
-        nn.init.normal_(parameter, std=0.3 if parameter.ndim == 1 else parameter.shape[-1] ** -0.5)
-    ours = Transformer(**config).eval()
-    ours.load_state_dict(theirs.state_dict())
-    return theirs, ours
+    return published.vae()
 
 
 @pytest.fixture(scope="module", params=[PixArtAlphaPipeline, PixArtSigmaPipeline], ids=["alpha", "sigma"])
