@@ -5,6 +5,7 @@ target patterns fit as they are. Shapes: B samples, N image tokens, L caption to
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,17 @@ from torch.nn import functional as F
 
 from pixart_fast import ops
 
-KeysValues = tuple[Tensor, Tensor]  # of one cross-attention layer, [B, L, H, d] each
+
+class KeysValues(NamedTuple):
+    """What one cross-attention layer makes of the captions, once for all steps of a sampler.
+
+    Attention to a single token is that token's value, whatever the query: samples with such a caption (the empty prompt
+    of guidance) come first in a batch, and of them the layer's result is kept instead.
+    """
+
+    k: Tensor | None  # [B - S, L, H, d]; None where every result is fixed
+    v: Tensor | None
+    fixed: Tensor | None = None  # results of the first S samples, [S, 1, D], or [S, N, D]
 
 
 def sincos_2d(height: int, width: int, dim: int, *, base_size: int, scale: float, device: torch.device) -> Tensor:
@@ -214,19 +225,30 @@ class CrossAttention(Attention):
         lengths: Tensor | None = None,
         bias: Tensor | None = None,
     ) -> Tensor:
+        if isinstance(context, Tensor):
+            context = KeysValues(*self.project(context))
+        if context.fixed is None:
+            return self.attend(x, context.k, context.v, lengths, bias)
+        known = context.fixed.shape[0]
+        fixed = context.fixed.expand(-1, x.shape[1], -1)
+        if context.k is None:
+            return fixed
+        x, lengths, bias = (None if of is None else of.narrow(0, known, context.k.shape[0]) for of in (x, lengths, bias))
+        return torch.cat([fixed, self.attend(x, context.k, context.v, lengths, bias)])
+
+    def attend(self, x: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, bias: Tensor | None) -> Tensor:
         q = self.to_q(x).unflatten(-1, (self.heads, -1))
-        k, v = self.project(context) if isinstance(context, Tensor) else context
         backend = self.backends["cross_attention"]
         return self.out(ops.cross_attention(q, k, v, lengths=lengths, bias=bias, backend=backend).flatten(2))
 
 
-def keys_values(text: Tensor, layers: list[CrossAttention]) -> list[Tensor | KeysValues]:
+def keys_values(text: Tensor, layers: list[CrossAttention], single: int = 0) -> list[Tensor | KeysValues]:
     """What each cross-attention layer attends to: its keys and values, by one matrix product for all layers.
 
-    text `[B, L, D]` -> per layer k, v `[B, L, H, d]`, views of one tensor. The weights are joined for the occasion,
-    which moves them once: little beside the product, and nothing to keep in step with training. Where a projection is
-    more than a linear layer (an adapter, a quantised or a partitioned weight) every layer gets the text, and projects
-    it itself.
+    text `[B, L, D]`, of which the first `single` samples have one token -> per layer k, v `[B - single, L, H, d]`,
+    views of one tensor, and what the layer gives for the others. The weights are joined for the occasion, which moves
+    them once: little beside the product, and nothing to keep in step with training. Where a projection is more than a
+    linear layer (an adapter, a quantised or a partitioned weight) every layer gets the text, and projects it itself.
     """
     projections = [projection for layer in layers for projection in (layer.to_k, layer.to_v)]
     if not all(is_plain(projection) for projection in projections):
@@ -234,7 +256,13 @@ def keys_values(text: Tensor, layers: list[CrossAttention]) -> list[Tensor | Key
     weight = torch.cat([projection.weight for projection in projections])
     bias = None if projections[0].bias is None else torch.cat([projection.bias for projection in projections])
     joined = F.linear(text, weight, bias).unflatten(-1, (len(layers), 2, layers[0].heads, -1))
-    return [tuple(pair.unbind(2)) for pair in joined.unbind(2)]
+    pairs = [KeysValues(*pair.unbind(2)) for pair in joined.unbind(2)]
+    if not single:
+        return pairs
+    return [
+        KeysValues(k[single:], v[single:], layer.out(v[:single, :1].flatten(2)))
+        for layer, (k, v, _) in zip(layers, pairs, strict=True)
+    ]
 
 
 def gated_linear(x: Tensor, gate: ops.Row, a: Tensor, projection: nn.Linear, backend: str) -> Tensor | None:

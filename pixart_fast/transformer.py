@@ -347,18 +347,21 @@ class Transformer(DiffusersModel):
         sample = unpatchify(self.proj_out(x), height, width, patch)  # [B, C, height, width]
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
-    def encode_caption(self, text: Tensor, mask: Tensor | None = None) -> Caption:
+    def encode_caption(self, text: Tensor, mask: Tensor | None = None, *, single: int = 0) -> Caption:
         """The part of `forward` that sees the text alone, for all blocks: call it once, then denoise with its result.
 
         Args:
             text, mask: `forward`'s encoder_hidden_states and encoder_attention_mask.
+            single: so many captions, the first of the batch, consist of one token, as the empty prompt does: their
+                cross-attention is worked out here. It is not checked, which would wait for the device.
 
         Returns:
             a `Caption` that `forward` takes as encoder_hidden_states, as often as the weights stay what they are.
         """
         caption = pack_caption(text.squeeze(1) if text.ndim == 4 else text, mask)  # official features: [B, 1, L, C]
         projected = caption.text if self.caption_projection is None else self.caption_projection(caption.text)
-        return caption._replace(context=keys_values(projected, [block.attn2 for block in self.transformer_blocks]))
+        layers = [block.attn2 for block in self.transformer_blocks]
+        return caption._replace(context=keys_values(projected, layers, single))
 
     def _embed_condition(self, latents: Tensor, timestep: Tensor, added: dict[str, Tensor] | None) -> Tensor:
         """Time and, with micro-conditions, size and aspect ratio: `[B, D]`."""

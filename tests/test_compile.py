@@ -6,6 +6,7 @@ from diffusers import PixArtTransformer2DModel
 from torch import Tensor, nn
 
 from pixart_fast import Transformer
+from pixart_fast.engine import compile_blocks
 
 CONFIG = {
     "num_attention_heads": 2,
@@ -82,6 +83,26 @@ def test_inference_in_one_graph_for_all_resolutions_batches_and_caption_lengths(
         for shape in ((2, 8, 12, 6), (2, 8, 12, 6), (3, 16, 10, 9), (4, 6, 20, 5)):
             arguments = inputs(model, *shape)
             assert relative(compiled(**arguments).sample, model(**arguments).sample) <= 1e-5
+
+
+def test_blocks_of_guided_sampling_share_one_graph():
+    """The empty prompt is worked out beforehand; other numbers of pictures, sizes and tokens need no new graph."""
+    model = build(num_layers=3).eval()
+    expected, captions = [], []
+    shapes = ((10, 8, 10, 7), (6, 16, 10, 9), (8, 6, 20, 11))  # without a size twice: Dynamo would take both for one
+    with torch.no_grad():
+        for shape in shapes:
+            arguments = inputs(model, *shape)
+            half = shape[0] // 2
+            arguments["encoder_attention_mask"][:half] = torch.arange(shape[-1]) < 1
+            expected.append(model(**arguments).sample)
+            text, mask = arguments["encoder_hidden_states"], arguments["encoder_attention_mask"]
+            captions.append(model.encode_caption(text, mask, single=half))
+        compile_blocks(model)
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            for shape, caption, sample in zip(shapes, captions, expected, strict=True):
+                arguments = inputs(model, *shape) | {"encoder_hidden_states": caption, "encoder_attention_mask": None}
+                assert relative(model(**arguments).sample, sample) <= 1e-5
 
 
 @pytest.mark.slow

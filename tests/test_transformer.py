@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import pixart_fast
 from pixart_fast import Transformer, ops
 from pixart_fast.config import SIZES, transformer_config
-from pixart_fast.layers import CrossAttention, keys_values
+from pixart_fast.layers import CrossAttention, KeysValues, keys_values
 from pixart_fast.transformer import AdaLNBlock, Block, Stream, pack_caption
 
 CONFIG = {
@@ -240,7 +240,7 @@ def test_text_is_projected_once_for_all_blocks_and_steps(monkeypatch):
     caption = model.encode_caption(text, mask)
     assert products[2:] == [2 * 2 * 24], "keys and values of two blocks, beside the caption's projection"
     assert caption.lengths.tolist() == [3, 0]
-    storages = {t.untyped_storage().data_ptr() for pair in caption.context for t in pair}
+    storages = {t.untyped_storage().data_ptr() for context in caption.context for t in (context.k, context.v)}
     assert len(storages) == 1
     for timestep in (7, 900):
         arguments["timestep"] = torch.full((2,), timestep)
@@ -254,10 +254,37 @@ def test_projected_text_is_what_each_block_projects():
     model = build()
     text = torch.randn(2, 5, 24, dtype=torch.float64)
     layers = [block.attn2 for block in model.transformer_blocks]
-    for layer, (k, v) in zip(layers, keys_values(text, layers), strict=True):
+    for layer, (k, v, _) in zip(layers, keys_values(text, layers), strict=True):
         for actual, expected in zip((k, v), layer.project(text), strict=True):
             assert actual.shape == (2, 5, 3, 8)
             torch.testing.assert_close(actual, expected)
+
+
+def test_a_caption_of_one_token_needs_no_attention(monkeypatch):
+    """Its weight is 1 whatever the query: neither query nor output is projected for its sample."""
+    model = build()
+    arguments = inputs()
+    text, mask = arguments.pop("encoder_hidden_states"), torch.tensor([[0, 0, 0, 1, 0], [1, 0, 1, 1, 0]])
+    expected = model(**arguments, encoder_hidden_states=text, encoder_attention_mask=mask).sample
+    rows = []
+    attend = CrossAttention.attend
+    monkeypatch.setattr(CrossAttention, "attend", lambda layer, x, *of: rows.append(len(x)) or attend(layer, x, *of))
+    caption = model.encode_caption(text, mask, single=1)
+    torch.testing.assert_close(model(**arguments, encoder_hidden_states=caption).sample, expected)
+    assert rows == [1, 1]
+
+
+def test_results_of_cross_attention_can_be_given():
+    model = build()
+    arguments = inputs()
+    text = arguments.pop("encoder_hidden_states")
+    results = {}
+    for i, block in enumerate(model.transformer_blocks):
+        block.attn2.register_forward_hook(lambda module, inputs, output, i=i: results.update({i: output}))
+    expected = model(**arguments, encoder_hidden_states=text).sample
+    given = [KeysValues(None, None, results[i]) for i in sorted(results)]
+    caption = model.encode_caption(text)._replace(context=given)
+    assert torch.equal(model(**arguments, encoder_hidden_states=caption).sample, expected)
 
 
 @pytest.mark.parametrize("change", ["subclass", "hook", "forward", "partitioned"])
