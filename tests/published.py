@@ -87,6 +87,7 @@ def save(folder: Path, kind: type = PixArtAlphaPipeline, **changes) -> Path:
         "block_out_channels": (4,) * 4,
         "down_block_types": ("DownEncoderBlock2D",) * 4,
         "up_block_types": ("UpDecoderBlock2D",) * 4,
+        "sample_size": 64,  # of a tile
         "scaling_factor": 0.13025 if kind is PixArtSigmaPipeline else 0.18215,
     }
     kind(

@@ -1,14 +1,14 @@
 import pytest
 import torch
 
+from pixart_fast.embedded import Autoencoder
 from train.data import autoencoder
-from train.data.autoencoder import Autoencoder
 from train.data.scenes import Scene, SceneObject, Scenes, draw
 
 
 @pytest.fixture(scope="module")
 def shipped():
-    return Autoencoder.load()
+    return Autoencoder.load(autoencoder.WEIGHTS)
 
 
 @pytest.fixture(scope="module")

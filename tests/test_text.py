@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from pixart_fast.embedded import END, HashedText, tokenize
 from train.data.scenes import Scenes
-from train.data.text import END, HashedText, tokenize
 
 
 def word(text, features, offset=0):
@@ -20,7 +20,7 @@ def word(text, features, offset=0):
 def test_form_of_the_features():
     text = HashedText()
     features, lengths = text.encode(["a large red circle", "", "circle"])
-    assert features.shape == (3, text.max_length, text.channels) and features.dtype == torch.float32
+    assert features.shape == (3, text.max_tokens, text.channels) and features.dtype == torch.float32
     assert lengths.tolist() == [4, 1, 2] and lengths.dtype == torch.int64
     for row, length in enumerate(lengths):
         assert (features[row, :length].abs().sum(1) > 0).all()
@@ -39,7 +39,7 @@ def test_features_never_change():
 def test_another_process_encodes_the_same():
     encode = "HashedText().encode(['a small cyan cross'])[0].double().sum().item()"
     there = subprocess.run(
-        [sys.executable, "-c", f"from train.data.text import HashedText; print({encode})"],
+        [sys.executable, "-c", f"from pixart_fast.embedded import HashedText; print({encode})"],
         cwd=Path(__file__).parents[1],
         env=os.environ | {"PYTHONHASHSEED": "1"},
         capture_output=True,
@@ -93,7 +93,7 @@ def test_the_empty_caption_is_the_end_token():
 
 
 def test_long_captions_are_cut_and_counted():
-    text = HashedText(max_length=4)
+    text = HashedText(max_tokens=4)
     features, lengths = text.encode(["one two three four five six", "one two three", "one"])
     assert lengths.tolist() == [4, 4, 2] and text.truncated == 1
     assert torch.equal(features[0], features[1])
@@ -113,21 +113,21 @@ def test_tokenize():
     assert tokenize("Größe  \n snake_case") == ["größe", "snake", "case"]
 
 
-@pytest.mark.parametrize("wrong", [{"max_length": 0}, {"word_channels": 0}, {"before": -1}, {"position_channels": 3}])
+@pytest.mark.parametrize("wrong", [{"max_tokens": 0}, {"word_channels": 0}, {"before": -1}, {"position_channels": 3}])
 def test_impossible_sizes_are_refused(wrong):
     with pytest.raises(ValueError, match="positive"):
         HashedText(**wrong)
 
 
 def test_travels_to_a_worker_process():
-    text = HashedText(max_length=8)
+    text = HashedText(max_tokens=8)
     features, _ = text.encode(["red circle"])
     again, _ = pickle.loads(pickle.dumps(text)).encode(["red circle"])
     assert torch.equal(features, again)
 
 
 def test_other_windows():
-    text = HashedText(max_length=6, word_channels=80, before=0, after=1, position_channels=0)
+    text = HashedText(max_tokens=6, word_channels=80, before=0, after=1, position_channels=0)
     features, _ = text.encode(["red circle"])
     assert text.channels == 160 and features.shape == (1, 6, 160)
     assert torch.equal(features[0, 0, 80:], features[0, 1, :80])

@@ -249,6 +249,7 @@ class Run:
             if model is None:
                 return
             model.save_pretrained(settings.output / "final")
+        self.source.save(settings.output / "final", settings.diffusion, settings.sampling.guidance)
         images = step * settings.batch_size
         summary = {
             "steps": step,

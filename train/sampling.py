@@ -4,17 +4,17 @@ import textwrap
 from pathlib import Path
 
 import torch
-from diffusers import DPMSolverMultistepScheduler
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from pixart_fast.denoise import Denoiser, Guidance, denoise
+from pixart_fast.samplers import build
 from train.data.source import Probe, ScenesSource
 from train.settings import Sampling
 
 MICRO_BATCH = 96
 
 
-@torch.no_grad()
 def sample_latents(
     model, source: ScenesSource, text: Tensor, mask: Tensor, settings: Sampling, *, seed: int = 0
 ) -> Tensor:
@@ -23,26 +23,12 @@ def sample_latents(
 
     The unconditional branch sees the empty caption with its own mask. Noise depends on `seed` and the row alone.
     """
-    device, dtype = model.device, model.dtype
     shape = (len(text), source.latent_channels, source.latent_size, source.latent_size)
-    latents = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device)
-    null_text, null_mask = source.encode_text([""])
-    text = torch.cat([null_text.expand_as(text), text]).to(device, dtype)
-    mask = torch.cat([null_mask.expand_as(mask), mask]).to(device)
-    scheduler = DPMSolverMultistepScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear")
-    scheduler.set_timesteps(settings.steps, device=device)
-    for t in scheduler.timesteps:
-        output = model(
-            torch.cat([latents, latents]).to(dtype),
-            encoder_hidden_states=text,
-            timestep=t.expand(len(text)),
-            encoder_attention_mask=mask,
-            return_dict=False,
-        )[0]
-        unconditional, conditional = output[:, : source.latent_channels].float().chunk(2)
-        noise = unconditional + settings.guidance * (conditional - unconditional)
-        latents = scheduler.step(noise, t, latents, return_dict=False)[0]
-    return latents
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(model.device)
+    empty, empty_mask = source.encode_text([""])
+    count = len(text)
+    denoiser = Denoiser(model, text, mask.sum(1), empty.expand(count, -1, -1), empty_mask.sum(1).expand(count))
+    return denoise(denoiser, build("dpm", settings.steps), noise, Guidance(settings.guidance))
 
 
 def generate(model, source: ScenesSource, probe: Probe, settings: Sampling) -> Tensor:

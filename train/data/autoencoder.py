@@ -1,4 +1,4 @@
-"""The small convolutional autoencoder in whose latents the embedded default trains, in the place of PixArt's VAE.
+"""Trains the autoencoder of the embedded default (pixart_fast/embedded.py).
 
     python -m train.data.autoencoder --steps 6000 --out train/data/autoencoder.safetensors
 
@@ -10,12 +10,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
 
+from pixart_fast.embedded import Autoencoder
 from train.data import oracle
-from train.data.scenes import IMAGE_SIZE, Scenes
+from train.data.scenes import Scenes
 
 WEIGHTS = Path(__file__).with_name("autoencoder.safetensors")
 
@@ -23,80 +23,6 @@ WEIGHTS = Path(__file__).with_name("autoencoder.safetensors")
 # a sampler leaves behind, and the encoder to write shapes large: without it they hide in differences that a short
 # diffusion training does not resolve.
 LATENT_NOISE = 0.3
-
-
-class Residual(nn.Module):
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-        self.mix = nn.Conv2d(channels, channels, 1)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.mix(F.silu(self.conv(F.silu(x))))
-
-
-class Autoencoder(nn.Module):
-    """32x32 RGB pictures to `[8, 4, 4]` latents and back.
-
-    Space-to-depth does the down-sampling, so that a batch is encoded in a few milliseconds on one core. Every channel
-    of the latents has mean 0 and deviation 1 over the training pictures: the statistics are buffers of `norm`.
-    """
-
-    downsample = 8
-    latent_size = IMAGE_SIZE // downsample
-
-    def __init__(self, latent_channels: int = 8, width: int = 48):
-        super().__init__()
-        self.latent_channels = latent_channels
-        wide = width * 4 // 3
-        self.encoder = nn.Sequential(  # [B, 3, 32, 32]
-            nn.PixelUnshuffle(4),  # [B, 48, 8, 8]
-            nn.Conv2d(48, width, 3, padding=1),
-            Residual(width),
-            nn.PixelUnshuffle(2),  # [B, 4 * width, 4, 4]
-            nn.Conv2d(4 * width, wide, 1),
-            Residual(wide),
-            nn.Conv2d(wide, latent_channels, 1),  # [B, 8, 4, 4]
-        )
-        self.norm = nn.BatchNorm2d(latent_channels, affine=False, momentum=None)  # momentum None: plain averages
-        self.decoder = nn.Sequential(
-            nn.Conv2d(latent_channels, wide, 3, padding=1),
-            Residual(wide),
-            nn.Conv2d(wide, 4 * width, 1),
-            nn.PixelShuffle(2),  # [B, width, 8, 8]
-            Residual(width),
-            Residual(width),
-            nn.Conv2d(width, 4 * width // 2, 1),
-            nn.PixelShuffle(2),  # [B, width / 2, 16, 16]
-            Residual(width // 2),
-            nn.Conv2d(width // 2, 12, 3, padding=1),
-            nn.PixelShuffle(2),  # [B, 3, 32, 32]
-        )
-
-    def encode(self, images: torch.Tensor) -> torch.Tensor:
-        """Pictures `[B, 3, 32, 32]` in [-1, 1] to latents `[B, latent_channels, 4, 4]`. Raises ValueError."""
-        if images.shape[1:] != (3, IMAGE_SIZE, IMAGE_SIZE):
-            raise ValueError(f"images must be [B, 3, {IMAGE_SIZE}, {IMAGE_SIZE}], not {list(images.shape)}")
-        return self.norm(self.encoder(images))
-
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Latents `[B, latent_channels, 4, 4]` to pictures `[B, 3, 32, 32]`, not clipped. Raises ValueError."""
-        if latents.shape[1:] != (self.latent_channels, self.latent_size, self.latent_size):
-            expected = [self.latent_channels, self.latent_size, self.latent_size]
-            raise ValueError(f"latents must be [B, {', '.join(map(str, expected))}], not {list(latents.shape)}")
-        return self.decoder(latents)
-
-    @classmethod
-    def load(cls, path: str | Path = WEIGHTS) -> "Autoencoder":
-        """The trained autoencoder: fp32, frozen, in eval mode."""
-        weights = load_file(path)
-        model = cls(latent_channels=len(weights["norm.running_mean"]), width=len(weights["encoder.1.bias"]))
-        model.load_state_dict(weights)
-        return model.float().eval().requires_grad_(False)
-
-    def save(self, path: str | Path) -> None:
-        """Write the weights in half precision; `load` reads them."""
-        save_file({name: x.half() if x.is_floating_point() else x for name, x in self.state_dict().items()}, path)
 
 
 def reconstruction_loss(decoded: torch.Tensor, images: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,8 @@ from typing import Literal
 import numpy as np
 import torch
 
-IMAGE_SIZE = 32
+from pixart_fast.embedded import IMAGE_SIZE
+
 CELL_SIZE = IMAGE_SIZE // 2
 JITTER = 1  # pixels, either way
 

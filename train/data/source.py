@@ -6,17 +6,21 @@ run's seed and the sample's index. A step is therefore the same whatever the num
 loader workers, and a resumed run needs no random state.
 """
 
+import json
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from diffusers import DPMSolverMultistepScheduler
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from train.data.autoencoder import Autoencoder
+from pixart_fast.embedded import Autoencoder, HashedText
+from pixart_fast.recipe import Recipe
+from train.data.autoencoder import WEIGHTS
 from train.data.oracle import score
 from train.data.scenes import Scene, Scenes
-from train.data.text import HashedText
 from train.settings import Data, Diffusion, Settings
 
 
@@ -47,10 +51,10 @@ class ScenesSource:
 
     def __init__(self, data: Data, seed: int):
         self.scenes = Scenes(seed, captions=data.captions)
-        self.autoencoder = Autoencoder.load()
+        self.autoencoder = Autoencoder.load(WEIGHTS)
         self.text = HashedText()
         self.latent_channels, self.latent_size = self.autoencoder.latent_channels, self.autoencoder.latent_size
-        self.caption_channels, self.max_tokens = self.text.channels, self.text.max_length
+        self.caption_channels, self.max_tokens = self.text.channels, self.text.max_tokens
         self.null_caption = self.text.encode([""])[0][0]  # [L, caption_channels]
 
     def encode_text(self, captions: list[str]) -> tuple[Tensor, Tensor]:
@@ -74,6 +78,20 @@ class ScenesSource:
     def decode(self, latents: Tensor) -> Tensor:
         """Latents `[B, C, h, w]` on any device to pictures `[B, 3, H, W]` in [-1, 1] on the CPU."""
         return self.autoencoder.decode(latents.float().cpu()).clamp(-1, 1)
+
+    def save(self, folder: Path, diffusion: Diffusion, guidance: float) -> None:
+        """What a model folder needs beside the transformer to paint: text encoder, autoencoder, schedule and recipe."""
+        self.text.save(folder / "text_encoder")
+        vae = folder / "vae"
+        vae.mkdir(exist_ok=True)
+        (vae / "config.json").write_text(json.dumps({"_class_name": Autoencoder.__name__}) + "\n")
+        self.autoencoder.save(vae / Autoencoder.file_name)
+        steps = diffusion.num_timesteps
+        DPMSolverMultistepScheduler(
+            num_train_timesteps=steps, beta_start=0.1 / steps, beta_end=20 / steps, beta_schedule="linear"
+        ).save_pretrained(folder / "scheduler")
+        recipe = Recipe(family="embedded", max_tokens=self.max_tokens, clean=False, keep_cjk=True, guidance=guidance)
+        recipe.save(folder)
 
     @staticmethod
     def measure(probe: Probe, images: Tensor) -> dict[str, float]:
