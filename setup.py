@@ -73,22 +73,27 @@ setup(
     cmdclass={"build_ext": BuildNative},
     install_requires=[
         "torch>=2.11",
+        "beautifulsoup4",  # diffusers' cleaning of captions asks for it and for ftfy
         "diffusers>=0.36",
+        "ftfy",
         "numpy",
+        "pillow>=10",
         "pydantic>=2",
         "pyyaml>=6",
         "safetensors>=0.4",
+        "sentencepiece",  # the published tokenizers are its models
+        "tqdm>=4.66",
+        "transformers>=4.56",
     ],
     extras_require={
+        "demo": ["gradio>=6"],
         "train": [
             "deepspeed>=0.18",
             "matplotlib>=3.8",
             "ninja",
-            "pillow>=10",
             "scipy>=1.11",
             "tensorboard>=2.15",
-            "tqdm>=4.66",
         ],
-        "test": ["kernels", "peft>=0.17", "pytest>=8", "pytest-benchmark>=5", "ruff>=0.14", "transformers>=4.56"],
+        "test": ["kernels", "peft>=0.17", "pytest>=8", "pytest-benchmark>=5", "ruff>=0.14"],
     },
 )

@@ -6,6 +6,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Transformer": "pixart_fast.transformer",
+    "PixArtPipeline": "pixart_fast.pipeline",
     "DiT": "pixart_fast.dit",
     "GaussianDiffusion": "pixart_fast.diffusion",
     "load_transformer": "pixart_fast.checkpoint",

@@ -70,6 +70,7 @@ class _Graph:
             for _ in range(3):  # compiled code and libraries settle before the capture
                 self.run()
         torch.cuda.current_stream(device).wait_stream(side)
+        self.kept = list(model.pos_embed.positions.values())  # the graph reads one, which must not be dropped before it
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
             self.output = self.run()

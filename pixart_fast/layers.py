@@ -5,6 +5,7 @@ target patterns fit as they are. Shapes: B samples, N image tokens, L caption to
 """
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -26,13 +27,15 @@ class KeysValues(NamedTuple):
     fixed: Tensor | None = None  # results of the first S samples, [S, 1, D], or [S, N, D]
 
 
+KEPT_POSITIONS = 8  # position embeddings; one is 19 MB at 1024 px and XL/2
+
+
 def sincos_2d(height: int, width: int, dim: int, *, base_size: int, scale: float, device: torch.device) -> Tensor:
     """Sine-cosine position embedding of a height × width token grid: fp32 `[height * width, dim]`.
 
     The grid is stretched to `base_size` tokens and compressed by `scale`, so that a model sees the coordinates it was
     trained on at any resolution (DiffFit; PixArt-α section 2.3 "training at high resolution"). The width comes first,
-    as in MAE. It is separable: sines are taken of height + width coordinates, not of every token, which is why it is
-    not cached.
+    as in MAE. It is separable: sines are taken of height + width coordinates, not of every token.
     """
     omega = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64, device=device) / (dim // 4))
 
@@ -66,20 +69,34 @@ class PatchEmbed(nn.Module):
         self.base_size = sample_size // patch_size
         self.interpolation_scale = interpolation_scale
         self.proj = nn.Conv2d(in_channels, dim, kernel_size=patch_size, stride=patch_size)
+        self.positions: dict[tuple, Tensor] = {}
+
+    def position(self, height: int, width: int, like: Tensor) -> Tensor:
+        """The position embedding fp32 `[height * width, D]` beside tokens `like`; those of the last shapes are kept."""
+        make = partial(
+            sincos_2d,
+            height,
+            width,
+            like.shape[-1],
+            base_size=self.base_size,
+            scale=self.interpolation_scale,
+            device=like.device,
+        )
+        # A compiler folds it into its own code; a fake tensor, or one of inference mode, must not outlive its mode.
+        if torch.compiler.is_compiling() or type(like) is not Tensor or like.is_inference():
+            return make()
+        key = (height, width, like.device)
+        if key not in self.positions:
+            while len(self.positions) >= KEPT_POSITIONS:
+                self.positions.pop(next(iter(self.positions)))
+            self.positions[key] = make()
+        return self.positions[key]
 
     def forward(self, latents: Tensor) -> Tensor:
         # Contiguous, or the residual stream would keep the convolution's layout, in which a token's values lie N apart.
         tokens = self.proj(latents).flatten(2).transpose(1, 2).contiguous()
         height, width = latents.shape[-2] // self.patch_size, latents.shape[-1] // self.patch_size
-        position = sincos_2d(
-            height,
-            width,
-            tokens.shape[-1],
-            base_size=self.base_size,
-            scale=self.interpolation_scale,
-            device=tokens.device,
-        )
-        return (tokens + position).to(tokens.dtype)
+        return (tokens + self.position(height, width, tokens)).to(tokens.dtype)
 
 
 class SinusoidMLP(nn.Module):
@@ -233,7 +250,9 @@ class CrossAttention(Attention):
         fixed = context.fixed.expand(-1, x.shape[1], -1)
         if context.k is None:
             return fixed
-        x, lengths, bias = (None if of is None else of.narrow(0, known, context.k.shape[0]) for of in (x, lengths, bias))
+        x, lengths, bias = (
+            None if of is None else of.narrow(0, known, context.k.shape[0]) for of in (x, lengths, bias)
+        )
         return torch.cat([fixed, self.attend(x, context.k, context.v, lengths, bias)])
 
     def attend(self, x: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, bias: Tensor | None) -> Tensor:

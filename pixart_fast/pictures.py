@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
+from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 SETTINGS_KEY = "pixart_fast"
@@ -32,7 +32,10 @@ _FONTS = ("NotoSansCJK-Regular.ttc", "Arial Unicode.ttf", "msyh.ttc", "DejaVuSan
 def to_images(pixels: Tensor) -> list[Image.Image]:
     """RGB pictures from `pixels [B, 3, H, W]` in [-1, 1] of any float dtype; ValueError if a value is not finite."""
     if not torch.isfinite(pixels).all():
-        raise ValueError("the decoded pictures have values that are not finite: decode in bf16 or fp32, not in fp16.")
+        raise ValueError(
+            "the decoded pictures have values that are not finite: the weights are damaged, or the autoencoder "
+            "overflows in fp16 and needs bf16 or fp32."
+        )
     levels = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().byte()
     return [Image.fromarray(picture) for picture in levels.permute(0, 2, 3, 1).cpu().numpy()]
 
@@ -74,14 +77,16 @@ def save_png(image: Image.Image, path: str | Path, settings: Mapping) -> None:
 def read_settings(path: str | Path) -> dict:
     """The settings of a picture that `save_png` wrote; ValueError if it has none, OSError if it cannot be read."""
     try:
-        settings = json.loads(_open(path).info[SETTINGS_KEY])
-    except (KeyError, ValueError, TypeError):
-        raise ValueError(f"{path} carries no settings: pixart_fast did not write it, or it was edited since.") from None
+        settings = json.loads(_open(path).info.get(SETTINGS_KEY, "null"))
+    except json.JSONDecodeError:
+        settings = None
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} carries no settings: pixart_fast did not write it, or it was edited since.")
     return settings
 
 
 def load_image(path: str | Path | Image.Image, size: tuple[int, int]) -> Tensor:
-    """A picture as fp32 `[1, 3, height, width]` in [-1, 1], for `size` = (height, width).
+    """A file or picture as fp32 `[1, 3, height, width]` in [-1, 1], for `size` = (height, width).
 
     Turned as its EXIF says, on white where it is transparent, scaled (bicubic) to cover the size and cut to it around
     its centre. OSError in one sentence if there is no such file or it cannot be decoded.
@@ -92,7 +97,7 @@ def load_image(path: str | Path | Image.Image, size: tuple[int, int]) -> Tensor:
 
 def image_size(path: str | Path | Image.Image) -> tuple[int, int]:
     """Height and width of a picture, turned as its EXIF says. Errors as `load_image`."""
-    upright = ImageOps.exif_transpose(_open(path))
+    upright = _open(path)
     return upright.height, upright.width
 
 
@@ -140,23 +145,23 @@ def contact_sheet(images: Sequence[Image.Image], captions: Sequence[str], column
 
 
 def _open(path: str | Path | Image.Image) -> Image.Image:
-    """The decoded picture, as it lies in the file; a picture is returned as it is."""
+    """The decoded picture, turned as its EXIF says."""
     if isinstance(path, Image.Image):
-        return path
+        return ImageOps.exif_transpose(path)
     try:
         with Image.open(path) as image:
-            image.load()
-            return image
+            return ImageOps.exif_transpose(image)
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no picture at {path}: check the path.") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else "no format that Pillow can decode"
+    # What Pillow's decoders raise for damaged files.
+    except (OSError, RuntimeError, SyntaxError, TypeError, ValueError, Image.DecompressionBombError) as error:
+        unknown = isinstance(error, UnidentifiedImageError)
+        reason = "no format that Pillow knows" if unknown else getattr(error, "strerror", None) or error
         raise OSError(f"{path} cannot be read as a picture ({reason}): give a PNG, JPEG or WebP file.") from error
 
 
 def _on(image: Image.Image, background: str) -> Image.Image:
-    """RGB, upright, with what is transparent on a background."""
-    image = ImageOps.exif_transpose(image)
+    """RGB, with what is transparent on a background."""
     if image.mode.startswith("I"):  # 16 bits, which Pillow would cut off at 255
         image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
     if image.has_transparency_data:
@@ -166,10 +171,12 @@ def _on(image: Image.Image, background: str) -> Image.Image:
 
 
 def _tile(image: Image.Image) -> Image.Image:
-    longer = max(image.size)
+    image, longer = image.convert("RGB"), max(image.size)
     if longer <= _SMALL:
-        return image.convert("RGB").resize([side * (_SMALL // longer) for side in image.size], Image.Resampling.NEAREST)
-    return ImageOps.contain(image.convert("RGB"), (_LARGE, _LARGE)) if longer > _LARGE else image.convert("RGB")
+        return image.resize([side * (_SMALL // longer) for side in image.size], Image.Resampling.NEAREST)
+    if longer > _LARGE:
+        return image.resize([max(1, round(side * _LARGE / longer)) for side in image.size], Image.Resampling.LANCZOS)
+    return image
 
 
 def _font(size: int, text: str) -> ImageFont.FreeTypeFont:

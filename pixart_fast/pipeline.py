@@ -58,7 +58,9 @@ class PixArtPipeline:
         scheduler: dict[str, Any] | None = None,
         device: torch.device,
         low_memory: bool = False,
+        name: str = "",
     ):
+        self.name = name
         self.transformer, self.text, self.vae, self.recipe = transformer.eval(), text, vae, recipe
         self.scheduler, self.device, self.low_memory = scheduler, device, low_memory
         self.graphs = Graphs() if device.type == "cuda" and not low_memory else None
@@ -97,7 +99,14 @@ class PixArtPipeline:
         """
         if precision not in ("auto", *DTYPES):
             raise ValueError(f"precision must be one of auto, {', '.join(DTYPES)}, not {precision!r}.")
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        try:
+            device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        except RuntimeError:
+            raise ValueError(
+                f"there is no device {device!r}: choose cpu, cuda or cuda:1, as PyTorch names them."
+            ) from None
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError("PyTorch sees no CUDA device here: choose --device cpu, or install its CUDA build.")
         if precision == "auto":
             precision = ops.precision_for(ops.capability(device))
         dtype = DTYPES[precision]
@@ -139,6 +148,7 @@ class PixArtPipeline:
             scheduler=read_json(scheduler) if scheduler.is_file() else None,
             device=device,
             low_memory=low_memory,
+            name=str(source or folder),
         )
 
     def sizes(self) -> list[tuple[int, int]]:
@@ -209,6 +219,7 @@ class PixArtPipeline:
         progress = progress or (lambda phase, done, total: None)
         asked = [(prompt, seed + k) for prompt in prompts for k in range(num_images)]
         settings = {
+            "model": self.name,
             "negative": negative,
             "width": size[1],
             "height": size[0],

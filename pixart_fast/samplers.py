@@ -197,11 +197,10 @@ class _SASolver(Sampler):
         level = torch.cat([alpha_bar[self.timesteps], alpha_bar[:1]])
         alpha, sigma = level.sqrt(), (1 - level).sqrt()
         h = (alpha / sigma).log().diff()
-        # τ belongs to the time at which a step arrives, and the last step is deterministic. The time is taken before
-        # it is rounded: of 25 steps one arrives at 0.8002, without noise.
+        # τ belongs to the time at which a step arrives, taken before it is rounded: of 25 steps one arrives at 0.8002,
+        # without noise.
         arrival = (torch.tensor(schedule[self.first + 1 :], dtype=torch.float64) + 1) / len(alpha_bar)
         tau2 = ((arrival >= 0.2) & (arrival <= 0.8)).double()
-        tau2[-1] = 0
         k = 1 + tau2
         self.keep = ((-tau2 * h).exp() * sigma[1:] / sigma[:-1]).tolist()
         self.take = (alpha[1:] * (1 - (-k * h).exp())).tolist()

@@ -15,6 +15,7 @@ from pixart_fast import Transformer, ops
 from pixart_fast.config import SIZES, transformer_config
 from pixart_fast.cost import forward_flops
 from pixart_fast.dit import DiT
+from pixart_fast.layers import KeysValues
 from pixart_fast.transformer import Block, Stream
 
 XL = Model(layers=28, width=1152)
@@ -221,7 +222,7 @@ def block_traffic(dtype: torch.dtype, backend: str, passes: str) -> int:
 
     def forward():
         with torch.set_grad_enabled(train):
-            results.append(block(stream, condition, (k, v), lengths))
+            results.append(block(stream, condition, KeysValues(k, v), lengths))
 
     moved = traffic(forward)
     if not train:

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pixart_fast import Transformer, ops
 from pixart_fast.engine import compile_blocks, recompute_pointwise
+from pixart_fast.layers import KeysValues
 from pixart_fast.transformer import Stream
 
 # The 40 aspect ratios of the published 512-px model, height and width in pixels.
@@ -119,7 +120,7 @@ def launches(model: nn.Module, block: nn.Module, *arguments) -> list[str]:
 def block_inputs(batch: int, tokens: int, text: int, dim: int, heads: int) -> tuple:
     k, v = torch.randn(batch, text, 2, heads, dim // heads, dtype=torch.bfloat16).unbind(2)
     x = torch.randn(batch, tokens, dim, dtype=torch.bfloat16)
-    return Stream(x), torch.randn(batch, 6, dim, dtype=torch.bfloat16), (k, v), torch.full((batch,), text)
+    return Stream(x), torch.randn(batch, 6, dim, dtype=torch.bfloat16), KeysValues(k, v), torch.full((batch,), text)
 
 
 def test_ten_launches_per_block_in_inference(monkeypatch):

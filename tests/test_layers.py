@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
+from pixart_fast import layers
 from pixart_fast.layers import (
     AdaLNSingle,
     CaptionProjection,
@@ -43,6 +45,26 @@ def test_positions_are_sines_of_stretched_coordinates(height, width, base, scale
                 angles = [coordinate / 10000 ** (i / (dim / 4)) for i in range(dim // 4)]
                 expected += [math.sin(a) for a in angles] + [math.cos(a) for a in angles]
             np.testing.assert_allclose(embedding[row * width + column], expected, atol=1e-6)
+
+
+def test_position_embeddings_are_kept_per_shape(monkeypatch):
+    made = []
+    monkeypatch.setattr(layers, "sincos_2d", lambda *of, **more: made.append(of[:2]) or sincos_2d(*of, **more))
+    embed = PatchEmbed(8, 2, 4, 24, 1.0)
+    for height, width in [(8, 8), (8, 12), (8, 8), (12, 8)]:
+        latents = torch.randn(2, 4, height, width)
+        position = sincos_2d(height // 2, width // 2, 24, base_size=4, scale=1.0, device=latents.device)
+        expected = embed.proj(latents).flatten(2).transpose(1, 2) + position
+        assert torch.equal(embed(latents), expected)
+    assert made == [(4, 4), (4, 6), (6, 4)]
+    for width in range(2, 40, 2):
+        embed(torch.randn(1, 4, 2, width))
+    assert len(embed.positions) == layers.KEPT_POSITIONS
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
+        embed(mode.from_tensor(torch.randn(1, 4, 6, 6)))
+    with torch.inference_mode():
+        embed(torch.randn(1, 4, 6, 10))
+    assert not {(3, 3), (3, 5)} & {key[:2] for key in embed.positions}
 
 
 def test_time_features_are_cosines_then_sines():

@@ -125,6 +125,8 @@ def test_lcm_is_diffusers():
     scheduler.set_timesteps(4, original_inference_steps=50)
     assert scheduler.timesteps.tolist() == [999, 759, 499, 259]
     assert follow(build("lcm", 4), scheduler, [999, 759, 499, 259]) <= 2e-6
+    scheduler.set_timesteps(50)  # to t = 19, where the boundary condition shows
+    assert follow(build("lcm", 50), scheduler, scheduler.timesteps.tolist()) <= 2e-6
 
 
 def test_iddpm_timesteps_are_evenly_spaced_and_rounded():
@@ -315,6 +317,27 @@ def test_steps_do_no_work_that_waits_for_the_device(name):
         output = torch.zeros(2, 4 * (1 + sampler.learned_variance), 4, 4, device="meta")
         latents = sampler.step(output, index, latents, generators(1, 2))
     assert latents.device.type == "meta" and latents.shape == (2, 4, 4, 4)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_steps_do_not_wait_for_the_device(name):
+    """And they make the CPU's picture, from the same generators."""
+    sampler, on_cpu = build(name, 6), build(name, 6)
+    noise = normal(0, 2, 4, 16, 16)
+    latents, expected = sampler.start(noise.cuda()), on_cpu.start(noise)
+    draws, same = generators(1, 2), generators(1, 2)
+    for index in range(6):
+        output = random_model(on_cpu, expected)
+        expected = on_cpu.step(output, index, expected, same)
+        output = output.cuda()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            latents = sampler.step(output, index, latents, draws)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert error(latents.cpu(), expected) <= 1e-5
 
 
 @pytest.mark.parametrize("name", SAMPLERS)

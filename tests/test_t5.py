@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import subprocess
 import sys
 import warnings
 import weakref
@@ -21,6 +22,7 @@ from pixart_fast.text import PRECISIONS, Int8Linear, T5Text, clean_caption, load
 from tests import published
 from tests.accuracy import assert_rms, rms_error
 
+ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
 PROMPTS = [
     "a red cat",
@@ -47,7 +49,7 @@ XXL = {
 
 @pytest.fixture(scope="module")
 def pristine(tmp_path_factory) -> Path:
-    """tokenizer/ and text_encoder/ of a model folder, with two layers of an encoder whose norms are not all ones."""
+    """tokenizer/ and text_encoder/ of a model folder: three layers, norms that are not all ones."""
     folder = tmp_path_factory.mktemp("alpha")
     words = published.tokenizer(120)
     words.save_pretrained(folder / "tokenizer")
@@ -56,7 +58,10 @@ def pristine(tmp_path_factory) -> Path:
     torch.manual_seed(3)
     encoder = T5EncoderModel(config)
     for parameter in encoder.parameters():
-        nn.init.normal_(parameter, std=1.0 if parameter.ndim == 1 else 2 * parameter.shape[-1] ** -0.5)
+        if parameter.ndim == 1:
+            nn.init.normal_(parameter, mean=1.0, std=0.3)
+        else:
+            nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
     encoder.save_pretrained(folder / "text_encoder")
     return folder
 
@@ -142,7 +147,7 @@ def test_cleaning_names_the_packages_it_needs(monkeypatch):
 def test_features_are_those_of_diffusers(kind, max_tokens, tmp_path):
     folder = published.save(tmp_path, kind)
     theirs = kind.from_pretrained(folder)
-    prompts = [*PROMPTS, "a cat in the snow and no bad painting of it, " * 9]
+    prompts = [*PROMPTS, "a cat in the snow and no bad painting of it, " * 20]
     expected, mask, *_ = theirs.encode_prompt(
         prompts,
         do_classifier_free_guidance=False,
@@ -162,16 +167,17 @@ def test_features_are_those_of_diffusers(kind, max_tokens, tmp_path):
 
 def test_a_caption_has_the_same_features_alone_in_company_and_padded(pristine):
     ours = t5(pristine)
-    prompts = [" ".join(["snow"] * n) for n in (1, 3, 20, 7, 60, 2)]
+    prompts = [" ".join((published.WORDS * 5)[:n]) for n in (1, 3, 20, 7, 60, 2)]
     features, lengths = ours.encode(prompts)
     assert features.shape == (6, lengths.max(), published.TEXT_WIDTH)
+    alone = [ours.encode([prompt]) for prompt in prompts]
+    assert [row.shape[1] for row, _ in alone] == [one.item() for _, one in alone] == lengths.tolist()
     theirs = T5EncoderModel.from_pretrained(pristine / "text_encoder")
-    for prompt, row, length in zip(prompts, features, lengths, strict=True):
-        alone, one = ours.encode([prompt])
-        assert alone.shape == (1, length, published.TEXT_WIDTH) and one.tolist() == [length]
-        words = ours.tokenizer(prompt, padding="max_length", max_length=120, return_tensors="pt")
-        padded = theirs(**words).last_hidden_state[0, :length]
-        assert rms_error(alone[0], padded) <= 1e-6 and rms_error(row[:length], padded) <= 1e-6
+    words = ours.tokenizer(prompts, padding="max_length", max_length=120, return_tensors="pt")
+    with torch.no_grad():
+        padded = kept(theirs(**words).last_hidden_state, lengths)
+    assert rms_error(torch.cat([row[0] for row, _ in alone]), padded) <= 1e-6
+    assert rms_error(kept(features, lengths), padded) <= 1e-6
 
 
 def test_batches_hold_captions_of_similar_length(pristine, monkeypatch):
@@ -198,14 +204,15 @@ def test_raw_prompts_are_tokenised_as_they_are(pristine):
 @pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
 def test_half_precisions_are_those_of_transformers(pristine, precision, dtype):
     ours = t5(pristine, precision=precision)
-    features, lengths = ours.encode(["a red cat in the snow"])
+    features, _ = ours.encode(["a red cat in the snow"])
     theirs = T5EncoderModel.from_pretrained(pristine / "text_encoder", dtype=dtype)
     for name, parameter in theirs.named_parameters():
         other = ours.encoder.get_parameter(name)
         assert other.dtype == parameter.dtype and torch.equal(other, parameter), name
     assert features.dtype == dtype
     words = ours.tokenizer(["a red cat in the snow"], return_tensors="pt")
-    assert torch.equal(features, theirs(**words).last_hidden_state) and lengths.tolist() == [words.input_ids.shape[1]]
+    with torch.no_grad():  # attention is another kernel with gradients
+        assert torch.equal(features, theirs(**words).last_hidden_state)
 
 
 def test_fp16_survives_activations_beyond_its_range(folder):
@@ -213,7 +220,7 @@ def test_fp16_survives_activations_beyond_its_range(folder):
     file = folder / "text_encoder" / "model.safetensors"
     weights = load_file(file)
     name = "encoder.block.0.layer.1.DenseReluDense.wo.weight"
-    weights[name] = 1e4 * weights[name]
+    weights[name] = 4e4 * weights[name]
     save_file(weights, file, {"format": "pt"})
     prompts = ["a red cat in the snow"]
 
@@ -224,13 +231,12 @@ def test_fp16_survives_activations_beyond_its_range(folder):
     exact.encode(prompts)
     assert widest[0] > torch.finfo(torch.float16).max
 
+    features, _ = t5(folder, precision="fp16").encode(prompts)
+    error = rms_error(features, expected)
+    assert error <= 0.01
     words = exact.tokenizer(prompts, return_tensors="pt")
     corrupted = exact.encoder.to(torch.float16)(**words).last_hidden_state
-    error = rms_error(corrupted, expected)
-    assert not error <= 0.05, error  # NaN or far off
-    features, _ = t5(folder, precision="fp16").encode(prompts)
-    assert features.isfinite().all()
-    assert rms_error(features, expected) <= 4 * torch.finfo(torch.float16).eps
+    assert not rms_error(corrupted, expected) <= 10 * error  # far off, or NaN
 
 
 def test_int8_codes_are_within_half_a_step():
@@ -294,12 +300,6 @@ def test_the_embedding_is_in_memory_once(pristine):
 def test_weights_are_read_one_at_a_time(pristine, monkeypatch):
     """Of what was read from the file no tensor is alive when the one after the next is taken."""
     alive, most = weakref.WeakSet(), []
-
-    class Watched(dict):
-        def pop(self, name, *default):
-            most.append(len(alive))
-            return super().pop(name, *default)
-
     convert = text.quantize_rows
 
     def watched(weight):
@@ -500,9 +500,7 @@ def test_nothing_heavy_is_loaded_before_it_is_needed(pristine, tmp_path):
         f"ours.encode({PROMPTS!r})\n"
         "assert ours.encoder is None and not {'transformers', 'diffusers'} & set(sys.modules), 'imported'\n"
     )
-    import subprocess
-
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
 
 
