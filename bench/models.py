@@ -11,7 +11,8 @@ diffusers fused qkv        after `fuse_qkv_projections()`, compiled block by blo
 
 A training step is forward, backward and AdamW on fp32 master weights, at a learning rate of 0: the weights stay. A
 generation denoises with DPM-Solver++ and classifier-free guidance, both branches in one batch, the empty prompt as one
-token (diffusers' convention); "ours" projects the caption once and replays a CUDA graph where there is one.
+token (diffusers' convention); "ours" is what `PixArtPipeline` does: text once for all steps, prepacked weights on a
+CPU, CUDA graphs on a GPU. "ours int8" and "ours fp8" are approximations and may err as much as a baseline may.
 """
 
 import re
@@ -22,18 +23,33 @@ from functools import cache, lru_cache, partial
 
 import torch
 from diffusers import DPMSolverMultistepScheduler, PixArtTransformer2DModel
+from pixart_fast.quantized import prepack, quantize
 from torch import Tensor, nn
 
 from bench import cost
-from bench.measure import Case, Operands, Path
+from bench.measure import ACCURACY_OF_BASELINES, Case, Operands, Path
 from pixart_fast import Transformer, ops
 from pixart_fast.config import SIZES, Size, transformer_config
-from pixart_fast.engine import compile_blocks
+from pixart_fast.denoise import Denoiser, Guidance
+from pixart_fast.denoise import denoise as denoise_ours
+from pixart_fast.engine import Graphs, compile_blocks
+from pixart_fast.samplers import build
 from pixart_fast.transformer import Block, Caption, Stream
 
 REFERENCE = dict.fromkeys(ops.OPS, "reference")
-COMPILED = ("ours", "reference compiled", "diffusers compiled", "diffusers compiled whole", "diffusers fused qkv")
-PATHS = (*COMPILED, "ours eager", "reference eager", "diffusers eager")
+PATHS = (
+    "ours",
+    "reference compiled",
+    "diffusers compiled",
+    "diffusers compiled whole",
+    "diffusers fused qkv",
+    "ours eager",
+    "reference eager",
+    "diffusers eager",
+)
+# W8A8, by what the device's tensor cores take; beside ours in a generation.
+EIGHT_BIT = ("ours int8", "ours fp8")
+COMPILED = (*PATHS[:5], *EIGHT_BIT)
 # Fused projections are for inference, and a model compiled whole takes as long as all the rest: measured in `forward`.
 EVERYWHERE = tuple(path for path in PATHS if path not in ("diffusers fused qkv", "diffusers compiled whole"))
 # What stands beside ours at more sizes than one.
@@ -47,11 +63,22 @@ LADDER: dict[str, tuple[str, ...]] = {
     "+ self-attention": ("self_attention",),
     "+ fused linear": ("gated_linear", "linear_gelu"),
     "+ text K/V once": (),  # keys and values of the caption, once for all steps
+    "+ empty prompt once": (),  # cross-attention to its one token, once for all steps
+    "+ packed weights": (),
     "+ CUDA graphs": (),
 }
-# Rungs that are other paths by another name: the last is all of "ours", on a CUDA device.
-SAME = {"eager": "reference eager", "+ compile": "reference compiled", "+ CUDA graphs": "ours"}
+# Rungs that are other paths by another name: a device's last is all of "ours".
+SAME = {
+    "eager": "reference eager",
+    "+ compile": "reference compiled",
+    "+ packed weights": "ours",
+    "+ CUDA graphs": "ours",
+}
 RUNGS = tuple(rung for rung in LADDER if rung not in SAME)
+NOT_ON = {
+    "cpu": {"+ CUDA graphs": "needs a CUDA device"},
+    "cuda": {"+ packed weights": "the library takes weights as they are"},
+}
 GUIDANCE = 4.5
 # Samples whose results are compared with fp64.
 CHECKED = 2
@@ -176,6 +203,14 @@ def rungs(workload: Workload, names: Iterable[str]) -> dict[str, Transformer | s
     return found
 
 
+def quantized(workload: Workload, dtype: str) -> Transformer | str:
+    """Our class with 8-bit products, compiled, or the sentence that says why this device has none."""
+    try:
+        return compile_blocks(quantize(ours(workload), dtype))
+    except (ValueError, RuntimeError) as error:
+        return str(error)
+
+
 def run(model: nn.Module, text: Tensor | Caption, keep: Tensor | None, latents: Tensor, time: Tensor) -> Tensor:
     """The model's output for latents `[B, 4, h, w]`, text `[B, L, C]`, keep `[B, L]` and time `[B]`."""
     return model(latents, text, time, ADDED, encoder_attention_mask=keep).sample
@@ -258,7 +293,7 @@ def adamw(parameters: list[nn.Parameter]) -> Callable[[tuple[Tensor, ...]], None
 
 
 @lru_cache(1)
-def generate(workload: Workload, names: tuple[str, ...] = PATHS + RUNGS) -> Case:
+def generate(workload: Workload, names: tuple[str, ...] = PATHS + RUNGS + EIGHT_BIT) -> Case:
     """Text features and noise to latents in `workload.steps` steps, the rungs of the ladder beside the other paths."""
 
     def inputs(generator: torch.Generator) -> tuple[Operands, tuple[Tensor, ...]]:
@@ -268,26 +303,43 @@ def generate(workload: Workload, names: tuple[str, ...] = PATHS + RUNGS) -> Case
         one = torch.arange(workload.tokens, device=keep.device).expand_as(keep) < 1
         return (torch.stack([empty.expand_as(text), text], 1), torch.stack([one, keep], 1), noise), ()
 
-    def path(model: nn.Module, *, once: bool = False, graphed: bool = False) -> Path:
-        replayed = Replayed(model) if graphed else None
-
+    def path(model: nn.Module, *, once: bool = False) -> Path:
         def function(text: Tensor, keep: Tensor, noise: Tensor) -> Tensor:
             text, keep = (of.transpose(0, 1).flatten(0, 1) for of in (text, keep))
             caption = (model.encode_caption(text, keep), None) if once else (text, keep)
-            predict = partial(run, model, *caption) if replayed is None else replayed.of(caption[0])
-            return denoise(predict, noise, workload.steps)
+            return denoise(partial(run, model, *caption), noise, workload.steps)
 
         return Path(function)
 
+    def pipeline(model: Transformer, graphs: Graphs | None = None, accuracy: float | None = None) -> Path:
+        """As `PixArtPipeline` denoises, after its text encoder: which knows the lengths of the captions."""
+        lengths = workload.lengths().cpu()
+
+        def function(text: Tensor, keep: Tensor, noise: Tensor) -> Tensor:
+            denoiser = Denoiser(model, text[:, 1], lengths, text[:, 0, :1], torch.ones_like(lengths), graphs=graphs)
+            sampler = build("dpm", workload.steps, config={"beta_start": 1e-4, "beta_end": 0.02})
+            return denoise_ours(denoiser, sampler, noise, Guidance(GUIDANCE)).to(noise.dtype)
+
+        return Path(function, accuracy=accuracy)
+
     cuda = workload.device.type == "cuda"
-    paths: dict[str, Path | str] = {
-        name: path(model, once=name.startswith("ours"), graphed=cuda and name == "ours")
-        for name, model in models(workload, names).items()
-    }
-    if not cuda:
-        paths["+ CUDA graphs"] = "needs a CUDA device"
+    paths: dict[str, Path | str] = {}
+    for name, model in models(workload, names).items():
+        if name == "ours":
+            paths[name] = pipeline(model if cuda else prepack(model), Graphs() if cuda else None)
+        else:
+            paths[name] = path(model, once=name.startswith("ours"))
     for rung, model in rungs(workload, names).items():
-        paths[rung] = model if isinstance(model, str) else path(model, once=rung == RUNGS[-1])
+        if isinstance(model, str):
+            paths[rung] = model
+        else:
+            paths[rung] = pipeline(model) if rung == RUNGS[-1] else path(model, once=rung == "+ text K/V once")
+    paths |= NOT_ON[workload.device.type]
+    for name in EIGHT_BIT:
+        if name in names:
+            made = quantized(workload, name.removeprefix("ours "))
+            graphs = Graphs() if cuda else None
+            paths[name] = made if isinstance(made, str) else pipeline(made, graphs, ACCURACY_OF_BASELINES)
     plain, truth = path(ours(workload, REFERENCE)), path(in_double(workload))
     model, B, N, L, itemsize = _sizes(workload)
     costs = cost.generation(model, B, N, (1 + L) / 2, itemsize, workload.steps)
@@ -304,44 +356,6 @@ def denoise(predict: Predict, noise: Tensor, steps: int) -> Tensor:
         empty, text = output.chunk(2, dim=1)[0].chunk(2)  # without the variance
         latents = scheduler.step(empty + GUIDANCE * (text - empty), time, latents).prev_sample
     return latents
-
-
-class Replayed:
-    """A model's evaluation as a CUDA graph, captured at the first of its shape."""
-
-    def __init__(self, model: Transformer):
-        self.model, self.graph = model, None
-
-    def of(self, caption: Caption) -> Predict:
-        """Predictions for a caption, which is copied to where the graph reads it."""
-        if self.graph is not None:
-            for mine, given in zip(_tensors(self.caption), _tensors(caption), strict=True):
-                mine.copy_(given)
-            return self.replay
-        self.caption = caption._replace(context=[tuple(part.clone() for part in pair) for pair in caption.context])
-        return self.capture
-
-    def capture(self, latents: Tensor, time: Tensor) -> Tensor:
-        if self.graph is None:
-            self.latents, self.time = latents.clone(), time.clone()
-            for _ in range(3):  # compiled code and libraries settle before the capture
-                run(self.model, self.caption, None, self.latents, self.time)
-            torch.cuda.synchronize(latents.device)
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, stream=torch.cuda.current_stream(latents.device)):
-                self.output = run(self.model, self.caption, None, self.latents, self.time)
-        return self.replay(latents, time)
-
-    def replay(self, latents: Tensor, time: Tensor) -> Tensor:
-        self.latents.copy_(latents)
-        self.time.copy_(time)
-        self.graph.replay()
-        return self.output
-
-
-def _tensors(caption: Caption) -> list[Tensor]:
-    """What a block reads of a caption."""
-    return [caption.lengths, *(part for pair in caption.context for part in pair)]
 
 
 @lru_cache(1)

@@ -12,23 +12,24 @@ from bench.measure import DEVICE, Case
 from pixart_fast.config import SIZES
 
 PATHS = models.EVERYWHERE
+EVERY_SIZE = (*models.NEAREST, *models.EIGHT_BIT)
 # Few steps of some blocks: what is done once for all blocks, or once for all steps, keeps about its share.
 RUNS = pytest.mark.sizes(
     "layers, pixels, batch, steps",
     small=[(3, 256, 1, 3)],
-    full=[(28, 256, 16, 20), (28, 512, 4, 20), (28, 1024, 1, 20)],
+    full=[(28, 256, 16, 20), (28, 256, 1, 20), (28, 512, 4, 20), (28, 1024, 1, 20)],
 )
 
 
 def case(layers: int, pixels: int, batch: int, steps: int) -> Case:
     workload = models.Workload(SIZES["XL"]._replace(layers=layers), pixels, batch, torch.bfloat16, DEVICE, steps=steps)
-    return models.generate(workload, PATHS + models.RUNGS if pixels == 256 else models.NEAREST)
+    return models.generate(workload, (*PATHS, *models.EIGHT_BIT, *models.RUNGS) if pixels == 256 else EVERY_SIZE)
 
 
 @RUNS
-@pytest.mark.paths(*PATHS)
+@pytest.mark.paths(*PATHS, *models.EIGHT_BIT)
 def test_generate(row, layers, pixels, batch, steps, path):
-    if pixels != 256 and path not in models.NEAREST:
+    if pixels != 256 and path not in EVERY_SIZE:
         pytest.skip("measured at 256 px")
     row(case(layers, pixels, batch, steps), path)
 

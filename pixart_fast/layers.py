@@ -15,6 +15,15 @@ from torch.nn import functional as F
 from pixart_fast import ops
 
 
+class Folded(NamedTuple):
+    """Keys with the query projection, and values with the output projection: the layer from x to its result in two
+    products, of less arithmetic than its own where a caption has fewer than about D / H tokens."""
+
+    scores: Tensor  # [B, D, H * L]: Wq Kᵀ / √d
+    bias: Tensor  # fp32 [B, 1, H * L]: what the query's bias adds, -inf for padding
+    results: Tensor  # [B, H * L, D]: V Wo
+
+
 class KeysValues(NamedTuple):
     """What one cross-attention layer makes of the captions, once for all steps of a sampler.
 
@@ -25,6 +34,7 @@ class KeysValues(NamedTuple):
     k: Tensor | None  # [B - S, L, H, d]; None where every result is fixed
     v: Tensor | None
     fixed: Tensor | None = None  # results of the first S samples, [S, 1, D], or [S, N, D]
+    folded: Folded | None = None  # in the place of k and v
 
 
 KEPT_POSITIONS = 8  # position embeddings; one is 19 MB at 1024 px and XL/2
@@ -177,6 +187,7 @@ class Attention(nn.Module):
         self.to_k = nn.Linear(context_dim, inner, bias=bias)
         self.to_v = nn.Linear(context_dim, inner, bias=bias)
         self.to_out = nn.ModuleList([nn.Linear(inner, dim), nn.Dropout(dropout)])
+        self.to_qkv: nn.Module | None = None  # one layer in the place of those of fused_names, which are None then
         self.register_buffer("fused_weight", None, persistent=False)
         self.register_buffer("fused_bias", None, persistent=False)
 
@@ -191,9 +202,11 @@ class Attention(nn.Module):
     def unfuse_projections(self) -> None:
         self.fused_weight = self.fused_bias = None
 
-    def project(self, x: Tensor) -> tuple[Tensor, ...]:
+    def project(self, x: Tensor | ops.Rows) -> tuple[Tensor, ...]:
         """`x [B, T, C]` to its projections by `fused_names`, each `[B, T, H, d]`."""
-        if self.fused_weight is None or torch.is_grad_enabled():
+        if self.to_qkv is not None:
+            projected = self.to_qkv(x).chunk(len(self.fused_names), dim=-1)
+        elif self.fused_weight is None or torch.is_grad_enabled():
             projected = [getattr(self, name)(x) for name in self.fused_names]
         else:
             projected = F.linear(x, self.fused_weight, self.fused_bias).chunk(len(self.fused_names), dim=-1)
@@ -211,14 +224,14 @@ class SelfAttention(Attention):
         super().__init__(*arguments, **options)
         self.backends = {"self_attention": "auto", "gated_linear": "auto"}
 
-    def attend(self, y: Tensor, bias: Tensor | None) -> Tensor:
+    def attend(self, y: Tensor | ops.Rows, bias: Tensor | None) -> Tensor:
         q, k, v = self.project(y)
         return ops.self_attention(q, k, v, bias=bias, backend=self.backends["self_attention"]).flatten(2)
 
-    def forward(self, y: Tensor, bias: Tensor | None = None) -> Tensor:
+    def forward(self, y: Tensor | ops.Rows, bias: Tensor | None = None) -> Tensor:
         return self.out(self.attend(y, bias))
 
-    def onto(self, x: Tensor, gate: ops.Row, y: Tensor, bias: Tensor | None = None) -> Tensor:
+    def onto(self, x: Tensor, gate: ops.Row, y: Tensor | ops.Rows, bias: Tensor | None = None) -> Tensor:
         """x + gate · attention(y); projection, gate and sum are one kernel where that serves."""
         o = self.attend(y, bias)
         projection, dropout = self.to_out
@@ -244,21 +257,51 @@ class CrossAttention(Attention):
     ) -> Tensor:
         if isinstance(context, Tensor):
             context = KeysValues(*self.project(context))
-        if context.fixed is None:
-            return self.attend(x, context.k, context.v, lengths, bias)
-        known = context.fixed.shape[0]
-        fixed = context.fixed.expand(-1, x.shape[1], -1)
-        if context.k is None:
-            return fixed
-        x, lengths, bias = (
-            None if of is None else of.narrow(0, known, context.k.shape[0]) for of in (x, lengths, bias)
-        )
-        return torch.cat([fixed, self.attend(x, context.k, context.v, lengths, bias)])
+        k, v, fixed, folded = context
+        if fixed is not None:
+            if k is None and folded is None:
+                return fixed.expand(-1, x.shape[1], -1)
+            rest = (k if folded is None else folded.scores).shape[0]
+            of_rest = (None if of is None else of.narrow(0, fixed.shape[0], rest) for of in (x, lengths, bias))
+            return torch.cat([fixed.expand(-1, x.shape[1], -1), self.attend(*of_rest, k, v, folded)])
+        return self.attend(x, lengths, bias, k, v, folded)
 
-    def attend(self, x: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None, bias: Tensor | None) -> Tensor:
+    def attend(
+        self,
+        x: Tensor,
+        lengths: Tensor | None,
+        bias: Tensor | None,
+        k: Tensor | None,
+        v: Tensor | None,
+        folded: Folded | None,
+    ) -> Tensor:
+        if folded is not None:
+            scores = (ops.wide_product(x, folded.scores) + folded.bias).unflatten(-1, (self.heads, -1))
+            return torch.bmm(scores.softmax(-1).flatten(-2).to(x.dtype), folded.results) + self.to_out[0].bias
         q = self.to_q(x).unflatten(-1, (self.heads, -1))
         backend = self.backends["cross_attention"]
         return self.out(ops.cross_attention(q, k, v, lengths=lengths, bias=bias, backend=backend).flatten(2))
+
+    def fold(self, context: KeysValues, lengths: Tensor | None) -> KeysValues:
+        """Keys and values folded into the projections around them; as it is where those are more than linear layers.
+
+        `lengths` of the samples that k and v have, each 1 at least.
+        """
+        k, v, fixed, _ = context
+        query, out = self.to_q, self.to_out[0]
+        if not (is_plain(query) and is_plain(out)):
+            return context
+        heads, scale = self.heads, k.shape[-1] ** -0.5
+        wide = torch.einsum("blhd,hdc->bchl", k.float() * scale, query.weight.float().unflatten(0, (heads, -1)))
+        bias = torch.zeros_like(wide[:, 0])  # [B, H, L]
+        if query.bias is not None:
+            bias = torch.einsum("blhd,hd->bhl", k.float() * scale, query.bias.float().unflatten(0, (heads, -1)))
+        if lengths is not None:
+            padding = torch.arange(k.shape[1], device=k.device) >= lengths[:, None]
+            bias = bias.masked_fill(padding[:, None], -torch.inf)
+        results = torch.einsum("blhd,chd->bhlc", v.float(), out.weight.float().unflatten(1, (heads, -1)))
+        folded = Folded(wide.flatten(2).to(k.dtype), bias.flatten(1)[:, None], results.flatten(1, 2).to(v.dtype))
+        return KeysValues(None, None, fixed, folded)
 
 
 def keys_values(text: Tensor, layers: list[CrossAttention], single: int = 0) -> list[Tensor | KeysValues]:
@@ -280,7 +323,7 @@ def keys_values(text: Tensor, layers: list[CrossAttention], single: int = 0) -> 
         return pairs
     return [
         KeysValues(k[single:], v[single:], layer.out(v[:single, :1].flatten(2)))
-        for layer, (k, v, _) in zip(layers, pairs, strict=True)
+        for layer, (k, v, *_) in zip(layers, pairs, strict=True)
     ]
 
 
@@ -302,6 +345,20 @@ def is_plain(module: nn.Module) -> bool:
     )
 
 
+class PackedLinear(nn.Linear):
+    """A linear layer whose inference on a CPU reads a copy of the weight in oneDNN's layout (`ops.packed_linear`)."""
+
+    @classmethod
+    def of(cls, linear: nn.Linear) -> "PackedLinear":
+        """The same layer, with the same parameters, not copies."""
+        packed = cls(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
+        packed.weight, packed.bias = linear.weight, linear.bias
+        return packed.train(linear.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.packed_linear(x, self.weight, self.bias)
+
+
 class GELU(nn.Module):
     """A linear layer and its GELU; tanh-approximated unless `exact`."""
 
@@ -311,8 +368,10 @@ class GELU(nn.Module):
         self.proj = nn.Linear(dim, inner)
         self.backends = {"linear_gelu": "auto"}
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor | ops.Rows) -> Tensor:
         tanh, backend = self.approximate == "tanh", self.backends["linear_gelu"]
+        if tanh and type(self.proj) is PackedLinear:
+            return ops.packed_linear(x, self.proj.weight, self.proj.bias, gelu=True)
         if tanh and is_plain(self.proj) and ops.fuses("linear_gelu", backend, x, self.proj.weight):
             return ops.linear_gelu(x, self.proj.weight, self.proj.bias, backend=backend)
         return F.gelu(self.proj(x), approximate=self.approximate)
@@ -326,12 +385,12 @@ class FeedForward(nn.Module):
         self.net = nn.ModuleList([GELU(dim, 4 * dim, exact_gelu), nn.Dropout(dropout), nn.Linear(4 * dim, dim)])
         self.backends = {"gated_linear": "auto"}
 
-    def forward(self, y: Tensor) -> Tensor:
+    def forward(self, y: Tensor | ops.Rows) -> Tensor:
         for layer in self.net:
             y = layer(y)
         return y
 
-    def onto(self, x: Tensor, gate: ops.Row, y: Tensor) -> Tensor:
+    def onto(self, x: Tensor, gate: ops.Row, y: Tensor | ops.Rows) -> Tensor:
         """x + gate · mlp(y); the last projection, gate and sum are one kernel where that serves."""
         gelu, dropout, projection = self.net
         u = dropout(gelu(y))

@@ -4,12 +4,15 @@
     modulated_layernorm_quantized    the same with int8 or fp8 rows for the next product                    CUDA: Triton
     cross_attention(_backward)       flash attention to ragged captions                        CPU: C++    CUDA: Triton
     gated_linear, linear_gelu        matrix products with what follows them (inference)                     CUDA: Triton
+    packed_linear                    oneDNN's product with the weight in its own layout        CPU: `pixart_fast.ops`
 
 All are `torch.ops.pixart_fast.*`. They take plain tensors and trust them: `pixart_fast.ops` states and checks the
 contract. A modulation comes as a pair, a row per sample `[B, D]` (a view of the condition `[B, 6, D]`) and a row of the
 block `[D]` (a view of `scale_shift_table`), which the operators add in fp32: S⁽ⁱ⁾ = S̄ + E⁽ⁱ⁾ of PixArt-α section 2.3
 without the sum in memory. Their results never share memory with their arguments; what does not exist is of shape [0].
 """
+
+import math
 
 import torch
 from torch import Tensor
@@ -32,6 +35,7 @@ SCHEMAS = (
     "-> (Tensor dq, Tensor dk, Tensor dv)",
     "gated_linear(Tensor a, Tensor weight, Tensor? bias, Tensor residual, Tensor gate, Tensor? gate_row) -> Tensor",
     "linear_gelu(Tensor a, Tensor weight, Tensor? bias) -> Tensor",
+    "packed_linear(Tensor a, Tensor weight, Tensor? bias, bool gelu) -> Tensor",
 )
 for schema in SCHEMAS:
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -76,6 +80,10 @@ def _gated_linear_fake(a, weight, bias, residual, gate, gate_row):
 
 def _linear_gelu_fake(a, weight, bias):
     return a.new_empty((*a.shape[:-1], weight.shape[0]))
+
+
+def _packed_linear_fake(a, weight, bias, gelu):
+    return _linear_gelu_fake(a, weight, bias)
 
 
 def _total(sample: Tensor, row: Tensor | None) -> Tensor:
@@ -182,6 +190,7 @@ for name, fake in {
     "cross_attention_backward": _cross_attention_backward_fake,
     "gated_linear": _gated_linear_fake,
     "linear_gelu": _linear_gelu_fake,
+    "packed_linear": _packed_linear_fake,
 }.items():
     torch.library.register_fake(f"pixart_fast::{name}", fake, lib=LIBRARY)
 torch.library.register_autograd(
@@ -206,3 +215,9 @@ def _cross_attention_flops(q_shape, k_shape, *shapes, **options) -> int:
 def _cross_attention_backward_flops(do_shape, q_shape, k_shape, *shapes, **options) -> int:
     """Five products."""
     return _cross_attention_flops(q_shape, k_shape) // 2 * 5
+
+
+@register_flop_formula(torch.ops.pixart_fast.packed_linear)
+def _packed_linear_flops(a_shape, weight_shape, *shapes, **options) -> int:
+    """One product."""
+    return 2 * math.prod(a_shape) * weight_shape[0]

@@ -6,6 +6,8 @@
     gated_linear          x + gate · (a Wᵀ + b)                       x [B, N, D]   a [B, N, K]
     linear_gelu           GELU(a Wᵀ + b)                              a [B, N, K]
 
+Two more products are layers' own choice (`quantized.py`), not a backend's: `packed_linear` and `rounded_linear`.
+
 Every operator takes `backend`: "auto" decides by device capability (`resolve` says what and why, and
 `python -m pixart_fast.env` prints it); a name insists on that backend and raises if it cannot serve. "reference" is
 plain PyTorch, "cpu" the native C++ of `kernels/cpu`, "triton" the kernels of `kernels/*.py`; self-attention also has
@@ -19,8 +21,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from pixart_fast.kernels import reference
 from pixart_fast.operators import LIBRARY
@@ -49,6 +53,14 @@ class Row(NamedTuple):
     def total(self) -> Tensor:
         """The sum `[B, 1, D]`."""
         return (self.sample if self.table is None else self.sample + self.table)[:, None]
+
+
+class Rows(NamedTuple):
+    """Rows rounded to 8 bits: values · scale of what was `dtype`, which products with them return to."""
+
+    values: Tensor  # [..., K], int8 or float8_e4m3fn
+    scale: Tensor  # [...], fp32
+    dtype: torch.dtype
 
 
 @dataclass(frozen=True)
@@ -490,3 +502,121 @@ def linear_gelu(a: Tensor, weight: Tensor, bias: Tensor | None, *, backend: str 
     if resolve("linear_gelu", backend, a.device, dtype=a.dtype, needs_grad=needs_grad).name == "triton":
         return torch.ops.pixart_fast.linear_gelu(a, weight, bias)
     return reference.linear_gelu(a, weight, bias)
+
+
+def wide_product(a: Tensor, b: Tensor) -> Tensor:
+    """a b in fp32 for `a [B, N, K]`, `b [B, K, M]` of one dtype: scores that are not rounded before their softmax."""
+    if a.dtype != torch.float32 and a.is_cuda:
+        return torch.bmm(a, b, out_dtype=torch.float32)
+    return torch.bmm(a.float(), b.float())
+
+
+class _Packed(NamedTuple):
+    """A weight in oneDNN's layout, and what it was made of."""
+
+    storage: StorageWeakRef
+    version: int
+    weight: Tensor
+
+
+# By the plain weight, and gone with it. Not an attribute of the layer: a compiled graph takes no opaque tensor.
+_packed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def _pack(weight: Tensor) -> Tensor:
+    """The weight in oneDNN's layout, made anew after it was written or got other memory."""
+    kept, storage = _packed.get(weight), StorageWeakRef(weight.untyped_storage())
+    # A weak reference keeps the address of a storage from being given to another: equal means the same.
+    if kept is None or kept.storage != storage or kept.version != weight._version:
+        kept = _Packed(storage, weight._version, torch.ops.mkldnn._reorder_linear_weight(weight.detach()))
+        _packed[weight] = kept
+    return kept.weight
+
+
+def _packed_linear(a: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
+    activation = ("gelu", [], "tanh") if gelu else ("none", [], "")
+    return torch.ops.mkldnn._linear_pointwise(a, _pack(weight), bias, *activation)
+
+
+LIBRARY.impl("packed_linear", _packed_linear, "CPU")
+
+
+def packing_problem(weight: Tensor) -> str | None:
+    """Why `packed_linear` cannot serve a weight, or None."""
+    if not torch.backends.mkldnn.is_available():
+        return "this PyTorch is built without oneDNN"
+    if weight.device.type != "cpu":
+        return f"the weights are on {weight.device}, and packing is for CPUs"
+    if weight.dtype not in (torch.float32, torch.bfloat16):
+        return f"packing takes float32 and bfloat16, not {weight.dtype}"
+    if weight.is_inference():
+        return "the weights were made under torch.inference_mode, where changes to them go unseen"
+    return None
+
+
+def packed_linear(a: Tensor, weight: Tensor, bias: Tensor | None, *, gelu: bool = False) -> Tensor:
+    """a Wᵀ + b, with `gelu` GELU of it (tanh-approximated), by a copy of the weight in oneDNN's own layout (inference).
+
+    a [..., K], weight [M, K], bias [M] of one dtype -> [..., M]. The copy is made on first use, again after the weight
+    has changed, and lives as long as the weight. Autocast, mixed dtypes and recorded gradients get plain PyTorch.
+    """
+    plain = torch.is_grad_enabled() or torch.is_autocast_enabled(a.device.type) or a.dtype != weight.dtype
+    if plain or a.device.type != "cpu" or a.dtype not in (torch.float32, torch.bfloat16):
+        y = F.linear(a, weight, bias)
+        return F.gelu(y, approximate="tanh") if gelu else y
+    return torch.ops.pixart_fast.packed_linear(a, weight, bias, gelu)
+
+
+def rounding_problem(dtype: torch.dtype, device: torch.device, *widths: int) -> str | None:
+    """Why `rounded_linear` cannot take int8 or float8_e4m3fn of these widths on a device, or None."""
+    if device.type not in ("cpu", "cuda"):
+        return f"8-bit products run on CPUs and NVIDIA GPUs, not on {device.type}"
+    if device.type == "cpu":
+        return None
+    sm, least, multiple = _sm(device.index), *(((8, 0), 8) if dtype == torch.int8 else ((8, 9), 16))
+    if sm < least:
+        return f"{dtype} products need an NVIDIA GPU of sm_{least[0]}{least[1]} or later, this is sm_{sm[0]}{sm[1]}"
+    if any(width % multiple for width in widths):
+        return f"{dtype} products on a GPU need widths that divide by {multiple}, not {', '.join(map(str, widths))}"
+    return None
+
+
+def round_rows(x: Tensor, dtype: torch.dtype) -> Rows:
+    """Each row of x [..., K] as int8 (its largest magnitude to 127) or float8_e4m3fn (to 448); a zero row has scale 1.
+
+    NaN and infinity give a scale that is no finite number, so that they show in the product.
+    """
+    wide = x.float()
+    largest = 127.0 if dtype == torch.int8 else torch.finfo(dtype).max
+    scale = wide.abs().amax(-1) / largest
+    scale = torch.where(scale == 0, 1, scale)
+    values = wide / scale[..., None]
+    return Rows((values.round() if dtype == torch.int8 else values).to(dtype), scale, x.dtype)
+
+
+def rounded_linear(a: Rows, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
+    """a Wᵀ + b of 8-bit rows and an 8-bit weight with one scale per output (W8A8, inference).
+
+    a             Rows of [..., K]      `round_rows` or `modulated_layernorm_quantized` make them
+    weight        [M, K] of their dtype, weight_scale fp32 [M], bias [M] or None
+    returns       [..., M] of a.dtype   products of int8 are exact, scales and bias in fp32; those of fp8 are summed in
+                                        fp32, and on a GPU rounded to bf16 before the bias
+    """
+    rows = a.values.flatten(0, -2)
+    if weight.dtype == torch.int8:
+        sums = _int8_product(rows, weight).unflatten(0, a.values.shape[:-1])
+        y = sums.float() * a.scale[..., None] * weight_scale
+    elif rows.device.type == "cuda":
+        scales = a.scale.reshape(-1, 1), weight_scale[None]
+        y = torch._scaled_mm(rows, weight.t(), *scales, out_dtype=torch.bfloat16).unflatten(0, a.values.shape[:-1])
+    else:
+        y = F.linear(a.values.float(), weight.float()) * a.scale[..., None] * weight_scale
+    return (y if bias is None else y + bias).to(a.dtype)
+
+
+def _int8_product(a: Tensor, weight: Tensor) -> Tensor:
+    """a [R, K] and weight [M, K] to exact int32 sums [R, M]."""
+    least = 17 if a.device.type == "cuda" else 1  # cuBLAS takes no fewer rows
+    if a.shape[0] >= least:
+        return torch._int_mm(a, weight.t())
+    return torch._int_mm(F.pad(a, (0, 0, 0, least - a.shape[0])), weight.t())[: a.shape[0]]

@@ -7,6 +7,7 @@ caption that is not in the cache, at most one tensor at a time beside the finish
 import gc
 import hashlib
 import json
+import math
 import os
 import re
 import secrets
@@ -97,8 +98,9 @@ class Int8Linear(nn.Module):
 def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     """int8 codes `[out, in]` and fp32 scales `[out]` of `weight [out, in]`: codes * scales[:, None] ≈ weight."""
     weight = weight.float()
-    scale = weight.abs().amax(dim=1).clamp_min(1e-30) / 127  # a row of zeros has codes 0 at any scale
-    return (weight / scale[:, None]).round().to(torch.int8), scale
+    # The norm is the largest magnitude without a copy of all of them; a row of zeros has codes 0 at any scale.
+    scale = torch.linalg.vector_norm(weight, math.inf, dim=1).clamp_min(1e-30) / 127
+    return (weight / scale[:, None]).round_().to(torch.int8), scale
 
 
 def skeleton(config: dict[str, Any], precision: str) -> "T5EncoderModel":

@@ -86,9 +86,16 @@ class Stream(NamedTuple):
         return self.x + (self.h if self.gate is None else self.gate * self.h)
 
 
-def _norm(stream: Stream, shift: ops.Row, scale: ops.Row, eps: float, backend: str) -> tuple[Tensor, Tensor]:
-    """The stream added up, and LayerNorm of it, modulated."""
+def _norm(
+    stream: Stream, shift: ops.Row, scale: ops.Row, eps: float, backend: str, rounded: torch.dtype | None = None
+) -> tuple[Tensor, Tensor | ops.Rows]:
+    """The stream added up, and LayerNorm of it, modulated, and `rounded` to 8 bits for the products that follow."""
     x, h, gate = stream
+    if rounded is not None:
+        x, values, row_scale = ops.modulated_layernorm_quantized(
+            x, shift, scale, dtype=rounded, residual=h, gate=gate, eps=eps, backend=backend
+        )
+        return x, ops.Rows(values, row_scale, x.dtype)
     return ops.modulated_layernorm(x, shift, scale, residual=h, gate=gate, eps=eps, backend=backend)
 
 
@@ -113,6 +120,7 @@ class Block(nn.Module):
     ):
         super().__init__()
         self.eps = eps
+        self.rounded: torch.dtype | None = None  # what LayerNorm's rows are rounded to, for 8-bit linear layers
         self.backends = {"modulated_layernorm": "auto"}
         self.attn1 = SelfAttention(dim, dim, heads, head_dim, bias=bias, dropout=dropout)
         self.attn2 = CrossAttention(dim, text_dim, heads, head_dim, bias=bias, dropout=dropout)
@@ -126,8 +134,8 @@ class Block(nn.Module):
         """S̄ `[B, 6, D]` and this block's table E⁽ⁱ⁾, row by row."""
         return Modulation(*map(ops.Row, condition.unbind(1), self.scale_shift_table.unbind(0)))
 
-    def norm(self, stream: Stream, shift: ops.Row, scale: ops.Row) -> tuple[Tensor, Tensor]:
-        return _norm(stream, shift, scale, self.eps, self.backends["modulated_layernorm"])
+    def norm(self, stream: Stream, shift: ops.Row, scale: ops.Row) -> tuple[Tensor, Tensor | ops.Rows]:
+        return _norm(stream, shift, scale, self.eps, self.backends["modulated_layernorm"], self.rounded)
 
     def forward(
         self,
@@ -347,13 +355,18 @@ class Transformer(DiffusersModel):
         sample = unpatchify(self.proj_out(x), height, width, patch)  # [B, C, height, width]
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
-    def encode_caption(self, text: Tensor, mask: Tensor | None = None, *, single: int = 0) -> Caption:
+    def encode_caption(
+        self, text: Tensor, mask: Tensor | None = None, *, single: int = 0, fold: bool = False
+    ) -> Caption:
         """The part of `forward` that sees the text alone, for all blocks: call it once, then denoise with its result.
 
         Args:
             text, mask: `forward`'s encoder_hidden_states and encoder_attention_mask.
             single: so many captions, the first of the batch, consist of one token, as the empty prompt does: their
                 cross-attention is worked out here. It is not checked, which would wait for the device.
+            fold: multiply keys and values into the projections around them, which makes cross-attention cheaper for
+                captions below about 70 tokens. Each other caption has one kept token at least; a bias as mask does not
+                fold.
 
         Returns:
             a `Caption` that `forward` takes as encoder_hidden_states, as often as the weights stay what they are.
@@ -361,7 +374,11 @@ class Transformer(DiffusersModel):
         caption = pack_caption(text.squeeze(1) if text.ndim == 4 else text, mask)  # official features: [B, 1, L, C]
         projected = caption.text if self.caption_projection is None else self.caption_projection(caption.text)
         layers = [block.attn2 for block in self.transformer_blocks]
-        return caption._replace(context=keys_values(projected, layers, single))
+        context = keys_values(projected, layers, single)
+        if fold and caption.bias is None and isinstance(context[0], KeysValues):
+            lengths = None if caption.lengths is None else caption.lengths[single:]
+            context = [layer.fold(of, lengths) for layer, of in zip(layers, context, strict=True)]
+        return caption._replace(context=context)
 
     def _embed_condition(self, latents: Tensor, timestep: Tensor, added: dict[str, Tensor] | None) -> Tensor:
         """Time and, with micro-conditions, size and aspect ratio: `[B, D]`."""

@@ -246,7 +246,7 @@ def test_int8_codes_are_within_half_a_step():
     codes, scale = quantize_rows(weight)
     assert codes.dtype == torch.int8 and scale.dtype == torch.float32 and scale.shape == (33,)
     assert ((codes * scale[:, None] - weight).abs() <= 0.5001 * scale[:, None]).all()
-    assert (codes.abs().amax(1) == 127).sum() == 32 and codes[5].abs().max() == 0 and scale.isfinite().all()
+    assert (codes.abs().amax(1) == 127).sum() == 32 and codes[5].abs().max() == 0 and (scale > 0).all()
 
 
 def test_int8_errs_as_its_weights_and_bf16_do(pristine):
@@ -413,9 +413,10 @@ def test_a_sample_of_every_part_of_a_file_is_in_its_fingerprint(tmp_path, monkey
             changed[change] = bytes(600)
         file.write_bytes(changed)
         found.add(text.fingerprint([file]))
-    file.write_bytes(content + b"x")
-    found.add(text.fingerprint([file]))
-    assert len(found) == 5
+    for size in (512_000, 512_512):  # as many stretches, of zeros alone
+        file.write_bytes(bytes(size))
+        found.add(text.fingerprint([file]))
+    assert len(found) == 6
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "zeros", "other", "dtype", "width"])

@@ -254,7 +254,7 @@ def test_projected_text_is_what_each_block_projects():
     model = build()
     text = torch.randn(2, 5, 24, dtype=torch.float64)
     layers = [block.attn2 for block in model.transformer_blocks]
-    for layer, (k, v, _) in zip(layers, keys_values(text, layers), strict=True):
+    for layer, (k, v, *_) in zip(layers, keys_values(text, layers), strict=True):
         for actual, expected in zip((k, v), layer.project(text), strict=True):
             assert actual.shape == (2, 5, 3, 8)
             torch.testing.assert_close(actual, expected)
@@ -272,6 +272,26 @@ def test_a_caption_of_one_token_needs_no_attention(monkeypatch):
     caption = model.encode_caption(text, mask, single=1)
     torch.testing.assert_close(model(**arguments, encoder_hidden_states=caption).sample, expected)
     assert rows == [1, 1]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_folded_captions_give_the_same(bias):
+    model = build(attention_bias=bias)
+    arguments = inputs()
+    text, mask = arguments.pop("encoder_hidden_states"), torch.tensor([[0, 0, 0, 1, 0], [1, 0, 1, 1, 0]])
+    expected = model(**arguments, encoder_hidden_states=text, encoder_attention_mask=mask).sample
+    monkey = [block.attn2.to_q for block in model.transformer_blocks]
+    for single in (0, 1):
+        caption = model.encode_caption(text, mask, single=single, fold=True)
+        assert all(context.k is None and context.folded is not None for context in caption.context)
+        for projection in monkey:
+            projection.forward = None  # not called
+        actual = model(**arguments, encoder_hidden_states=caption).sample
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+        for projection in monkey:
+            del projection.forward
+    model.transformer_blocks[1].attn2.to_q.register_forward_hook(lambda *of: None)
+    assert [context.folded is None for context in model.encode_caption(text, mask, fold=True).context] == [False, True]
 
 
 def test_results_of_cross_attention_can_be_given():
