@@ -112,6 +112,7 @@ def arguments() -> argparse.ArgumentParser:
         metavar="DIR",
         help="keep text features there, by prompt: T5 then loads for new prompts only",
     )
+    add("--quantize", choices=("int8", "fp8"), help="8-bit products: quicker, and an approximation (none)")
     add("--compile", action=argparse.BooleanOptionalAction, help="compile the blocks (on a GPU)")
     return parser
 
@@ -182,6 +183,7 @@ def run(args: argparse.Namespace) -> None:
         cache=args.cache,
         low_memory=args.low_memory,
         compile=args.compile,
+        quantize=args.quantize,
     )
     if ratio is not None:
         size = nearest(ratio, pipeline.default_size[0])[1:]

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from pixart_fast import ops
+from pixart_fast import ops, quantized
 from pixart_fast.aspect import BUCKETS, nearest
 from pixart_fast.checkpoint import load_transformer
 from pixart_fast.denoise import Denoiser, Guidance, denoise, pad
@@ -80,6 +80,7 @@ class PixArtPipeline:
         cache: Path | None = None,
         low_memory: bool = False,
         compile: bool | None = None,
+        quantize: str | None = None,
     ) -> "PixArtPipeline":
         """A pipeline from files.
 
@@ -94,6 +95,7 @@ class PixArtPipeline:
             cache: folder for text features, by prompt.
             low_memory: text encoder, transformer and VAE take turns on the device, and the VAE works in tiles.
             compile: compile the blocks; None: on a GPU.
+            quantize: "int8" or "fp8" for 8-bit products in the blocks, an approximation (`quantized.deviation`).
 
         Raises OSError, ValueError, one sentence.
         """
@@ -137,6 +139,10 @@ class PixArtPipeline:
             )
         # Not diffusers' own `to`, which warns of casts even where a model keeps nothing in fp32.
         transformer = nn.Module.to(transformer, "cpu" if low_memory else device, dtype)
+        if quantize is not None:
+            quantized.quantize(transformer, quantize)
+        elif device.type == "cpu" and ops.packing_problem(transformer.proj_out.weight) is None:
+            quantized.prepack(transformer)
         if device.type == "cuda" if compile is None else compile:
             compile_blocks(transformer)
         scheduler = shared / "scheduler" / "scheduler_config.json"

@@ -104,9 +104,10 @@ def _check_linears(model: Transformer, what: str) -> None:
 def prepack(model: Transformer) -> Transformer:
     """Let the blocks' linear layers read their weights in oneDNN's layout, in inference on a CPU; returns the model.
 
-    In place. Names, parameters and training stay; a weight that changes is packed again. Products are those of plain
-    PyTorch, in bf16 bit for bit; GELU is taken of the sum before it is rounded. It costs a second copy of the blocks'
-    weights in memory, made on first use.
+    In place. Names, parameters and training stay; a weight that changes is packed again. In bf16 products are those of
+    plain PyTorch bit for bit, and GELU is taken of the sum before it is rounded; in fp32 they take half the time of
+    MKL's on an AMD CPU and err twice as much (5.5e-7 at XL/2's width, relative RMS). It costs a second copy of the
+    blocks' weights in memory, made on first use.
 
     Raises ValueError where a layer is adapted or in 8 bits, or this device or dtype has no such layout.
     """

@@ -248,6 +248,8 @@ class T5Text:
     | int8 | linear layers int8 with one scale per output row; embedding, norms and all activations bf16 | 4.9 GB |
     | fp32 | fp32 | 19.0 GB |
 
+    fp16 is for GPUs: its matrix products are slow on CPUs.
+
     Args:
         folder: has `tokenizer/` and `text_encoder/`. Weights are loaded at the first caption that is not cached.
         max_tokens: 120 for PixArt-α, 300 for PixArt-Σ, the end token included. What lies beyond is cut off.
