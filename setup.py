@@ -78,10 +78,11 @@ setup(
         "ftfy",
         "numpy",
         "pillow>=10",
+        "protobuf",
         "pydantic>=2",
         "pyyaml>=6",
         "safetensors>=0.4",
-        "sentencepiece",  # the published tokenizers are its models
+        "sentencepiece",  # the published tokenizers are its models, which transformers reads with protobuf
         "tqdm>=4.66",
         "transformers>=4.56",
     ],

@@ -205,6 +205,8 @@ def rungs(workload: Workload, names: Iterable[str]) -> dict[str, Transformer | s
 
 def quantized(workload: Workload, dtype: str) -> Transformer | str:
     """Our class with 8-bit products, compiled, or the sentence that says why this device has none."""
+    if dtype == "fp8" and workload.device.type == "cpu":
+        return "8-bit floats are computed in fp32 on a CPU"
     try:
         return compile_blocks(quantize(ours(workload), dtype))
     except (ValueError, RuntimeError) as error:
