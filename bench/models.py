@@ -23,7 +23,6 @@ from functools import cache, lru_cache, partial
 
 import torch
 from diffusers import DPMSolverMultistepScheduler, PixArtTransformer2DModel
-from pixart_fast.quantized import prepack, quantize
 from torch import Tensor, nn
 
 from bench import cost
@@ -33,6 +32,7 @@ from pixart_fast.config import SIZES, Size, transformer_config
 from pixart_fast.denoise import Denoiser, Guidance
 from pixart_fast.denoise import denoise as denoise_ours
 from pixart_fast.engine import Graphs, compile_blocks
+from pixart_fast.quantized import prepack, quantize
 from pixart_fast.samplers import build
 from pixart_fast.transformer import Block, Caption, Stream
 
