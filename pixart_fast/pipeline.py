@@ -141,8 +141,10 @@ class PixArtPipeline:
         transformer = nn.Module.to(transformer, "cpu" if low_memory else device, dtype)
         if quantize is not None:
             quantized.quantize(transformer, quantize)
-        elif device.type == "cpu" and ops.packing_problem(transformer.proj_out.weight) is None:
-            quantized.prepack(transformer)
+        elif dtype == torch.bfloat16 and ops.packing_problem(transformer.proj_out.weight) is None:
+            quantized.prepack(
+                transformer
+            )  # in fp32 oneDNN's products are twice as fast, and err twice as much as MKL's
         if device.type == "cuda" if compile is None else compile:
             compile_blocks(transformer)
         scheduler = shared / "scheduler" / "scheduler_config.json"

@@ -268,6 +268,13 @@ def test_bad_folders_are_refused_in_a_sentence(tmp_path, what, error, sentence):
         load_quantized(tmp_path)
 
 
+def test_a_failed_write_leaves_nothing_behind(tmp_path):
+    (tmp_path / "quantized.safetensors").mkdir()
+    with pytest.raises(OSError, match=r"quantized\.safetensors"):
+        save_quantized(quantize(build(num_layers=1)), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["quantized.safetensors"]
+
+
 def test_training_is_refused():
     model = quantize(build())
     with torch.enable_grad(), pytest.raises(RuntimeError, match=r"no gradients: run this model under torch\.no_grad"):
@@ -371,6 +378,14 @@ def test_prepacked_model_keeps_names_and_parameters():
     assert list(model.state_dict()) == list(parameters)
     assert all(value is parameters[name] for name, value in model.named_parameters())
     assert model.transformer_blocks[0].attn1.fused_weight is None
+
+
+@pytest.mark.parametrize("changes", [{}, {"modulation": "adaln"}, {"attention_bias": False, "activation_fn": "gelu"}])
+def test_prepacked_model_gives_the_same(changes):
+    model = build(torch.float32, **changes)
+    arguments = inputs(model, batch=3)
+    exact = run(model, arguments)
+    assert rms_error(run(prepack(model), arguments), exact) <= 2e-6
 
 
 def test_prepacked_model_still_trains():
