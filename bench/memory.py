@@ -1,7 +1,7 @@
 """Memory of a training step, by what it is for: predicted on any machine, and measured.
 
     parameters    weights, as the forward reads them       buffers       gradient buckets of data parallelism
-    gradients     of the weights                           activations   what the forward makes, for the backward
+    gradients     of the weights                           activations   what the forward makes and keeps
     optimizer     AdamW's moments, fp32 master weights     workspace     temporaries of backward and update; cuBLAS's
     ema           fp32 moving average of the weights       total         their sum, at the peak of the step
 
@@ -162,6 +162,9 @@ class Step:
         self.ema = [master.detach().clone() for master in self.masters] if setting.ema else []
         self.buckets = [self._empty(sum(sizes)) for _ in range(setting.buckets)]
         self.shards: list[Tensor] = []  # of gradients
+        side = setting.pixels // 16
+        like = torch.empty(1, 1, setting.width, device=device)
+        self.position = self.model.pos_embed.position(side, side, like)  # which the model keeps, unless it is fake
         if setting.zero_stage == 3:
             self._open_bucket()
             self._open_shard()
@@ -195,6 +198,7 @@ class Step:
             return
         for name, tensors in self.kept().items():
             ledger.own(name, tensors)
+        ledger.own("activations", [self.position])
         hooks = [p.register_post_accumulate_grad_hook(partial(self._accumulated, ledger)) for p in self.parameters]
         with ledger:
             loss = loss_of(self.model, self.setting, self.device)
