@@ -95,6 +95,6 @@ setup(
             "scipy>=1.11",
             "tensorboard>=2.15",
         ],
-        "test": ["kernels", "peft>=0.17", "pytest>=8", "pytest-benchmark>=5", "ruff>=0.14"],
+        "test": ["kernels", "peft>=0.17", "pytest>=8", "pytest-benchmark>=5", "ruff>=0.14", "selenium"],
     },
 )

@@ -93,6 +93,22 @@ def arguments() -> argparse.ArgumentParser:
         "--keep-cjk", action=argparse.BooleanOptionalAction, help="cleaning keeps Chinese, Japanese, Korean (off for α)"
     )
 
+    less = parser.add_argument_group("approximations", "quicker, by pictures that are a little off")
+    less.add_argument("--quantize", choices=("int8", "fp8"), help="8-bit products in the blocks (none)")
+    skipped = less.add_mutually_exclusive_group()
+    skipped.add_argument(
+        "--t-gate",
+        type=int,
+        metavar="STEP",
+        help="after this step cross-attention is frozen and guidance ends; how far that is off is measured and printed",
+    )
+    skipped.add_argument(
+        "--cache-blocks",
+        type=int,
+        metavar="N",
+        help="evaluate the middle half of the blocks at every N-th step alone; measured and printed too",
+    )
+
     machine = parser.add_argument_group("on this machine")
     add = machine.add_argument
     add("--device", help="cpu, cuda, cuda:1, … (the GPU if there is one)")
@@ -112,7 +128,6 @@ def arguments() -> argparse.ArgumentParser:
         metavar="DIR",
         help="keep text features there, by prompt: T5 then loads for new prompts only",
     )
-    add("--quantize", choices=("int8", "fp8"), help="8-bit products: quicker, and an approximation (none)")
     add("--compile", action=argparse.BooleanOptionalAction, help="compile the blocks (on a GPU)")
     return parser
 
@@ -204,6 +219,8 @@ def run(args: argparse.Namespace) -> None:
             init_image=args.init_image,
             mask=args.mask,
             strength=args.strength,
+            t_gate=args.t_gate,
+            cache_blocks=args.cache_blocks,
             progress=bar,
         )
     finally:
@@ -220,6 +237,8 @@ def report(pictures: "Pictures", pipeline: "PixArtPipeline", paths: list[Path], 
     phases = ", ".join(f"{phase} {value:.1f} s" for phase, value in seconds.items())
     used = "GPU memory" if pipeline.device.type == "cuda" else "memory of the process"
     print(f"{count} picture{'s' * (count > 1)} in {folder}, see {shown}")
+    if pictures.approximation is not None:
+        print(pictures.approximation)
     print(f"{phases}; at most {pictures.peak_bytes / 1e9:.2f} GB {used}")
 
 

@@ -4,6 +4,7 @@ import contextlib
 import resource
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from pixart_fast import ops, quantized
+from pixart_fast.approximate import Approximation, BlockCache, CachedBlocks, TGate
 from pixart_fast.aspect import BUCKETS, nearest
 from pixart_fast.checkpoint import load_transformer
 from pixart_fast.denoise import Denoiser, Guidance, denoise, pad
@@ -19,7 +21,7 @@ from pixart_fast.embedded import HashedText
 from pixart_fast.engine import Graphs, compile_blocks
 from pixart_fast.pictures import image_size, load_image, load_mask, to_images
 from pixart_fast.recipe import Recipe, find, read_recipe, transformer_folder
-from pixart_fast.samplers import SAMPLERS, build
+from pixart_fast.samplers import SAMPLERS, Sampler, build
 from pixart_fast.text import T5Text
 from pixart_fast.transformer import Transformer
 from pixart_fast.vae import VAE
@@ -36,8 +38,9 @@ class Pictures(NamedTuple):
     latents: Tensor  # [B, C, h, w] fp32
     settings: list[dict[str, Any]]  # prompt, seed, size, steps, …: with them the picture is made again
     cut: dict[str, str]  # prompts beyond the token limit, and what of them the model did not read
-    seconds: dict[str, float]  # by phase: text, denoise, decode
+    seconds: dict[str, float]  # by phase: text, denoise, measure (of an approximation), decode
     peak_bytes: int  # of the GPU's memory, or of the process where there is none
+    approximation: str | None  # what it did to the first picture, measured beside the exact one
 
 
 class PixArtPipeline:
@@ -64,6 +67,7 @@ class PixArtPipeline:
         self.transformer, self.text, self.vae, self.recipe = transformer.eval(), text, vae, recipe
         self.scheduler, self.device, self.low_memory = scheduler, device, low_memory
         self.graphs = Graphs() if device.type == "cuda" and not low_memory else None
+        self.cached_blocks = CachedBlocks(self.transformer)
         side = transformer.config.sample_size * vae.downsample
         self.default_size = (side, side)
 
@@ -183,6 +187,9 @@ class PixArtPipeline:
         init_image: Image.Image | str | Path | None = None,
         mask: Image.Image | str | Path | None = None,
         strength: float | None = None,
+        t_gate: int | None = None,
+        cache_blocks: int | None = None,
+        measure: bool = True,
         progress: Progress | None = None,
     ) -> Pictures:
         """Pictures of each prompt.
@@ -200,6 +207,10 @@ class PixArtPipeline:
             batch_size: pictures at a time; None: what suits the size.
             init_image: a picture to change; `strength` in (0, 1] says how far (None: 0.6).
             mask: with init_image: where to paint it anew (white); the rest is kept (strength None: 1).
+            t_gate: an approximation: after this step cross-attention is frozen and guidance ends (`approximate.TGate`).
+            cache_blocks: another: the middle blocks are evaluated at every so many steps alone
+                (`approximate.BlockCache`).
+            measure: paint the first picture exactly too, to say how far an approximation is off.
             progress: called with phase, done, total.
 
         Raises ValueError for what cannot be, MemoryError where memory ran out: one sentence each.
@@ -213,6 +224,8 @@ class PixArtPipeline:
             raise ValueError(f"there is no sampler {sampler!r}: choose one of {', '.join(SAMPLERS)}.")
         if mask is not None and init_image is None:
             raise ValueError("a mask needs the picture that it masks: give init_image too.")
+        if t_gate is not None and cache_blocks is not None:
+            raise ValueError("t_gate and cache_blocks do not go together: choose one.")
         size = self.check_size(size, init_image)
         chosen = SAMPLERS[sampler]
         steps = chosen.steps if steps is None else steps
@@ -238,6 +251,8 @@ class PixArtPipeline:
             **({"official_guidance": True} if official_guidance else {}),
             **({"strength": strength} if init_image is not None else {}),
             **({"masked": True} if mask is not None else {}),
+            **({"t_gate": t_gate} if t_gate is not None else {}),
+            **({"cache_blocks": cache_blocks} if cache_blocks is not None else {}),
             "precision": next(name for name, dtype in DTYPES.items() if dtype == self.transformer.dtype),
         }
         clock, seconds = time.perf_counter(), {}
@@ -245,7 +260,7 @@ class PixArtPipeline:
         def lap(phase: str) -> None:
             nonlocal clock
             now = time.perf_counter()
-            seconds[phase], clock = now - clock, now
+            seconds[phase], clock = seconds.get(phase, 0.0) + now - clock, now
 
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -261,23 +276,36 @@ class PixArtPipeline:
             if self.low_memory:
                 self.vae.free()
                 self.transformer.to(self.device)
-            latents = []
+            latents, approximation = [], None
             batches = range(0, len(asked), batch_size)
             for number, start in enumerate(batches):
                 part = asked[start : start + batch_size]
+                rows, seeds = [prompts.index(prompt) for prompt, _ in part], [s for _, s in part]
+                solver = build(sampler, steps, config=self.scheduler, strength=strength)
+                exact = self.denoiser(text, rows, size)
+                evaluate = self.approximate(exact, solver, guide, t_gate, cache_blocks)
+                run = partial(self.denoise, size=size, clean=clean, repaint=repaint)
                 latents.append(
-                    self.denoise(
-                        text,
-                        [prompts.index(prompt) for prompt, _ in part],
-                        [s for _, s in part],
-                        size,
-                        build(sampler, steps, config=self.scheduler, strength=strength),
-                        guide,
-                        clean,
-                        repaint,
+                    run(
+                        evaluate,
+                        solver,
+                        evaluate.guidance if isinstance(evaluate, Approximation) else guide,
+                        seeds,
                         on_step=lambda done, n, number=number: progress("denoise", number * n + done, len(batches) * n),
                     )
                 )
+                if measure and number == 0 and isinstance(evaluate, Approximation):
+                    lap("denoise")
+                    again = build(sampler, steps, config=self.scheduler, strength=strength)
+                    first = run(
+                        self.denoiser(text, rows[:1], size),
+                        again,
+                        guide,
+                        seeds[:1],
+                        on_step=lambda done, n: progress("measure", done, n),
+                    )
+                    approximation = evaluate.report(first, latents[0][:1])
+                    lap("measure")
             if self.low_memory:
                 self.transformer.to("cpu")
             lap("denoise")
@@ -299,6 +327,7 @@ class PixArtPipeline:
             {prompt: cut for prompt in [*prompts, negative] if (cut := self.text.cut(prompt))},
             seconds,
             peak_bytes(self.device),
+            approximation,
         )
 
     def check_size(self, size: tuple[int, int] | None, init_image: Image.Image | str | Path | None) -> tuple[int, int]:
@@ -337,27 +366,13 @@ class PixArtPipeline:
             own = lengths.clamp(max=int(own))
         return features[:, : int(lengths.max())], lengths, empty, own
 
-    def denoise(
-        self,
-        text: tuple[Tensor, Tensor, Tensor, Tensor],
-        rows: list[int],
-        seeds: list[int],
-        size: tuple[int, int],
-        sampler,
-        guidance: Guidance,
-        clean: Tensor | None,
-        repaint: Tensor | None,
-        on_step: Callable[[int, int], None],
-    ) -> Tensor:
-        """Latents `[B, C, h, w]` of one batch: `rows` of the prompts, with these seeds."""
+    def denoiser(self, text: tuple[Tensor, Tensor, Tensor, Tensor], rows: list[int], size: tuple[int, int]) -> Denoiser:
+        """The transformer, bound to `rows` of the prompts."""
         features, lengths, empty, own = text
-        count, config = len(rows), self.transformer.config
+        count = len(rows)
         if self.graphs is not None:  # a graph has one shape: few lengths, few graphs
             features = pad(features, -(-features.shape[1] // 16) * 16)
-        shape = (config.in_channels, size[0] // self.vae.downsample, size[1] // self.vae.downsample)
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(self.device)
-        denoiser = Denoiser(
+        return Denoiser(
             self.transformer,
             features[rows],
             lengths[rows],
@@ -366,15 +381,42 @@ class PixArtPipeline:
             self.micro_conditions(size, count),
             self.graphs,
         )
+
+    def approximate(
+        self, exact: Denoiser, solver: Sampler, guidance: Guidance, t_gate: int | None, cache_blocks: int | None
+    ) -> Denoiser | Approximation:
+        """What was asked for in place of a denoiser; itself where nothing was."""
+        if t_gate is not None:
+            return TGate(exact, solver, guidance, t_gate)
+        if cache_blocks is not None:
+            return BlockCache(exact, solver, guidance, self.cached_blocks, cache_blocks)
+        return exact
+
+    def denoise(
+        self,
+        evaluate: Denoiser | Approximation,
+        solver: Sampler,
+        guidance: Guidance,
+        seeds: list[int],
+        size: tuple[int, int],
+        clean: Tensor | None,
+        repaint: Tensor | None,
+        on_step: Callable[[int, int], None],
+    ) -> Tensor:
+        """Latents `[B, C, h, w]` of one batch, with these seeds."""
+        channels = self.transformer.config.in_channels
+        shape = (channels, size[0] // self.vae.downsample, size[1] // self.vae.downsample)
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(self.device)
         return denoise(
-            denoiser,
-            sampler,
+            evaluate,
+            solver,
             noise,
             guidance,
             generators=generators,
-            clean=None if clean is None else clean.expand(count, -1, -1, -1),
+            clean=None if clean is None else clean.expand(len(seeds), -1, -1, -1),
             repaint=repaint,
-            on_step=lambda done: on_step(done, len(sampler.timesteps)),
+            on_step=lambda done: on_step(done, len(solver.timesteps)),
         )
 
     def micro_conditions(self, size: tuple[int, int], count: int) -> dict[str, Tensor] | None:

@@ -6,6 +6,7 @@ state dict and pipelines. Everything that computes is here and in `layers.py`; w
 """
 
 import warnings
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -345,15 +346,29 @@ class Transformer(DiffusersModel):
         attention_bias = _self_attention_bias(attention_mask, hidden_states.dtype)
 
         stream = Block.first(self.pos_embed(hidden_states))  # [B, N, D]
-        for block, context in zip(self.transformer_blocks, caption.context, strict=True):
+        stream = self.run_blocks(stream, condition, caption, attention_bias)
+        _, x = _norm(stream, shift, scale, 1e-6, self.backends["modulated_layernorm"])  # [B, N, D]
+        sample = unpatchify(self.proj_out(x), height, width, patch)  # [B, C, height, width]
+        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+    def run_blocks(
+        self,
+        stream: Stream,
+        condition: Tensor,
+        caption: Caption,
+        attention_bias: Tensor | None = None,
+        first: int = 0,
+        stop: int | None = None,
+    ) -> Stream:
+        """The stream through all blocks, or those from `first` on, up to `stop`."""
+        pairs = zip(self.transformer_blocks, caption.context, strict=True)
+        for block, context in islice(pairs, first, stop):
             inputs = (stream, condition, context, caption.lengths, caption.bias, attention_bias)
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 stream = Stream(*self._gradient_checkpointing_func(block, *inputs))
             else:
                 stream = block(*inputs)
-        _, x = _norm(stream, shift, scale, 1e-6, self.backends["modulated_layernorm"])  # [B, N, D]
-        sample = unpatchify(self.proj_out(x), height, width, patch)  # [B, C, height, width]
-        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+        return stream
 
     def encode_caption(
         self, text: Tensor, mask: Tensor | None = None, *, single: int = 0, fold: bool = False

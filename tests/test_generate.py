@@ -64,6 +64,11 @@ def test_aspect_and_init_image(folder, tmp_path):
     assert Image.open(changed).size == (336, 192) and read_settings(changed)["strength"] == 0.5
 
 
+def test_an_approximation_is_measured_and_printed(folder, tmp_path, capsys):
+    assert run(folder, "a cat", "--steps", "4", "--size", "32x32", "--t-gate", "2", "--out", str(tmp_path)) == 0
+    assert "T-GATE after step 2 of 4: latents deviate by " in capsys.readouterr().out
+
+
 def test_what_the_model_does_not_read_is_printed(folder, tmp_path, capsys):
     assert run(folder, "a cat " * 100, "--steps", "1", "--size", "32x32", "--out", str(tmp_path)) == 0
     assert "note: the model reads 120 tokens; of 'a cat a cat" in capsys.readouterr().out
@@ -76,6 +81,8 @@ MISTAKES = {
     "aspect": (["a cat", "--aspect", "wide"], "'wide' is no aspect ratio"),
     "no file": (["--prompts-file", "nowhere.txt"], "nowhere.txt cannot be read (No such file or directory)"),
     "steps": (["a cat", "--steps", "0"], "dpm takes 1 to 999 steps, got 0"),
+    "gate": (["a cat", "--steps", "4", "--t-gate", "5"], "T-GATE takes a gate from 1 to 4"),
+    "cache": (["a cat", "--cache-blocks", "0"], "blocks can be evaluated every 1 or more steps, got interval 0"),
     "image": (["a cat", "--init-image", "nowhere.png"], "nowhere.png"),
     "mask": (["a cat", "--mask", "nowhere.png"], "a mask needs the picture that it masks"),
     "strength": (["a cat", "--strength", "0.5"], "starts from a picture"),

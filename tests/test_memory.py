@@ -92,7 +92,11 @@ def test_gradients_at_the_end_of_a_step(modulation):
     """
     step = predict(replace(NARROW, modulation=modulation, precision="bf16", batch=1, pixels=64), "cpu")
     P = step["parameters"] // 2
-    assert (step["gradients"], step["workspace"], step["activations"]) == (2 * P, 4 * P, 4 * (64 // 16) ** 2 * NARROW.width)
+    assert (step["gradients"], step["workspace"], step["activations"]) == (
+        2 * P,
+        4 * P,
+        4 * (64 // 16) ** 2 * NARROW.width,
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Our pipeline: diffusers' pictures from the same noise, and what it has beside them."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -107,6 +108,33 @@ def test_guidance_in_an_interval_evaluates_one_branch_elsewhere(alpha, monkeypat
     everywhere = pipeline(PROMPT, steps=10)
     assert difference(inside.latents, everywhere.latents) > 1e-3 and difference(inside.latents, none.latents) > 1e-3
     assert inside.settings[0]["interval"] == [0.3, 0.7]
+
+
+@pytest.mark.parametrize("quantize", [None, "int8"])
+@pytest.mark.parametrize("asked", [{"t_gate": 3}, {"cache_blocks": 2}], ids=lambda asked: next(iter(asked)))
+def test_an_approximation_says_how_far_it_is_off(tmp_path, asked, quantize):
+    """Of its first picture, beside the same pipeline without it."""
+    folder = published.save(
+        tmp_path, num_layers=4, **({"attention_head_dim": 16, "cross_attention_dim": 48} if quantize else {})
+    )
+    pipeline = load(folder, quantize=quantize)
+    options = {"steps": 8, "seed": 2, "num_images": 3, "batch_size": 2}
+    exact, phases = pipeline(PROMPT, **options), []
+    quick = pipeline(PROMPT, **options, **asked, progress=lambda phase, *_: phases.append(phase))
+    said = re.search(
+        r"latents deviate by ([0-9.]+)% .relative RMS, 1 picture., ([0-9.]+) × fewer FLOPs", quick.approximation
+    )
+    first = (quick.latents[0] - exact.latents[0]).norm() / exact.latents[0].norm()
+    assert float(said[1]) == pytest.approx(100 * first.item(), abs=0.06) and float(said[1]) > 0 and float(said[2]) > 1
+    assert exact.approximation is None and asked.items() <= quick.settings[0].items()
+    assert "measure" in phases and quick.seconds["measure"] > 0
+    unmeasured = pipeline(PROMPT, **options, **asked, measure=False)
+    assert unmeasured.approximation is None and torch.equal(unmeasured.latents, quick.latents)
+
+
+def test_approximations_do_not_go_together(alpha):
+    with pytest.raises(ValueError, match="t_gate and cache_blocks do not go together: choose one"):
+        load(alpha)(PROMPT, t_gate=2, cache_blocks=2)
 
 
 def test_official_guidance_leaves_the_fourth_channel_and_the_variance_to_the_prompt():
