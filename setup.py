@@ -92,6 +92,7 @@ setup(
             "deepspeed>=0.18",
             "matplotlib>=3.8",
             "ninja",
+            "ray[data]>=2.40",
             "scipy>=1.11",
             "tensorboard>=2.15",
         ],

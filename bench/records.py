@@ -1,7 +1,8 @@
 """What `bench/results/<device>/*.json` says: which rows are accepted, which are the newest, and why a case is refused.
 
 A case is what is compared with itself alone: operator, pass, shape and dtype of an operator or a model; setting,
-modulation and path of a memory row. Of every case the newest results of a device count. A case is refused where
+modulation and path of a memory row; workers of the loader. Of every case the newest results of a device count. A case
+is refused where
 
 - a row of time kept no accuracy bound, or the project's own row (of a ladder: its first rung) is missing;
 - nothing that is compiled or tuned stands beside it: "compiled" or SDPA for an operator, another's " compiled" path
@@ -52,9 +53,12 @@ NEEDED = (
     "rms_bound",
 )
 OF_A_MODEL = ("images_per_s", "mfu_percent", "compile_s", "layers", "batch", "pixels")
+OF_THE_LOADER = ("what", "workers", "images_per_s", "mb_per_s", "workers_for_an_h100", "h100_images_per_s")
 OF_MEMORY = ("setting", "what", "modulation", "path", "layers", "batch", "pixels", "processes", "dtype", "device")
 
-Case = tuple[str, str, str, str]  # operator, pass, shape, dtype; or "memory", setting, modulation, path
+# Operator, pass, shape, dtype; or "memory", setting, modulation, path; or "loader", what, workers.
+Case = tuple[str, ...]
+CASES = {"memory": ("setting", "modulation", "path"), "loader": ("what", "workers")}
 
 
 class Refused(ValueError):
@@ -136,9 +140,9 @@ def judge(run: dict[str, Any]) -> tuple[dict[tuple[str, Case], Entry], list[str]
     for (device, case), rows in cases.items():
         try:
             for row in rows.values():
-                check = _check_memory if case[0] == "memory" else _check_time
+                check = {"memory": _check_memory, "loader": _check_loader}.get(case[0], _check_time)
                 check(row["fullname"], row["extra_info"])
-            if case[0] != "memory":
+            if case[0] not in CASES:
                 _check_company(f"{device}, {' '.join(case)}", case[0], rows)
             accepted[device, case] = Entry(case, rows, run)
         except Refused as problem:
@@ -148,7 +152,7 @@ def judge(run: dict[str, Any]) -> tuple[dict[tuple[str, Case], Entry], list[str]
 
 def key(info: dict[str, Any]) -> tuple[str | None, Case]:
     """Device and case of a row."""
-    names = ("setting", "modulation", "path") if info["op"] == "memory" else ("pass", "shape", "dtype")
+    names = CASES.get(info["op"], ("pass", "shape", "dtype"))
     return info.get("device"), (info["op"], *(info.get(name) for name in names))
 
 
@@ -203,8 +207,16 @@ def _check_memory(name: str, info: dict[str, Any]) -> None:
         raise Refused(f"{name}: the measurement does not say how far off the prediction was (error_percent)")
 
 
+def _check_loader(name: str, info: dict[str, Any]) -> None:
+    _lacking(name, info, OF_THE_LOADER)
+    if not _number(info["images_per_s"]):
+        raise Refused(f"{name}: {info['images_per_s']} is no rate")
+
+
 def _order(entry: Entry) -> tuple:
-    """Operators as listed, then passes, sizes, dtypes; memory last, in the order in which it was measured."""
+    """Operators as listed, then passes, sizes, dtypes; memory in the order in which it was measured; the loader."""
+    if entry.op == "loader":
+        return len(TITLES) + 1, *entry.case
     if entry.op == "memory":
         _, setting, modulation, path = entry.case
         settings = [row["extra_info"].get("setting") for row in entry.run["benchmarks"]]

@@ -54,7 +54,8 @@ def page(devices: Devices, pictures: set[str]) -> str:
         lines += [f"- {told}" for told in dict.fromkeys(_conditions(entry.run) for entry in of)]
         models = [op for op in MODELS if op != "ladder"]
         for title, ops, table in (("Operators", KERNELS, _kernels), ("Models", models, _models),
-                                  ("Ladder", ("ladder",), _models), ("Memory", ("memory",), _memory)):  # fmt: skip
+                                  ("Ladder", ("ladder",), _models), ("Memory", ("memory",), _memory),
+                                  ("Loader", ("loader",), _loader)):  # fmt: skip
             chosen = [entry for entry in of if entry.op in ops]
             if chosen:
                 lines += ["", f"### {title}", "", *table(chosen), *_absent(chosen)]
@@ -199,6 +200,23 @@ def _memory(entries: list[Entry]) -> list[str]:
         what = "" if info["what"] == said else info["what"]
         lines.append(_line(what, info["modulation"], path, size(held["total"]), *cells, error))
         said = info["what"]
+    return lines
+
+
+def _loader(entries: list[Entry]) -> list[str]:
+    """Workers that prepare batches, beside what a training step of an H100 takes."""
+    infos = [info for entry in entries for info in entry.infos.values()]
+    h100, what = (infos[-1][name] for name in ("h100_images_per_s", "what"))
+    lines = [
+        f"Stored features to batches: {what}. An H100 takes {three(h100['at_40_percent_mfu'])} images/s at 40 % MFU,",
+        f"{three(h100['planned'])} by `bench.plan` ({h100['known']}); workers for an H100 are for the larger of both.",
+        "",
+        *_head("workers", "images/s", "MB/s of the store", "workers for an H100"),
+    ]
+    for info in infos:
+        workers = str(info["workers"]) if info["workers"] else "none, in the training process"
+        needed = f"{info['workers_for_an_h100']:.2f}" if info["workers"] else NONE
+        lines.append(_line(workers, three(info["images_per_s"]), three(info["mb_per_s"]), needed))
     return lines
 
 

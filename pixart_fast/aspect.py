@@ -27,10 +27,17 @@ def _ladder(base: int) -> Mapping[str, tuple[int, int]]:
     return MappingProxyType({str(round(h / w, 2)): (h * unit, w * unit) for h, w in [*wide, (16, 16), *high]})
 
 
+def _small_ladder(base: int) -> Mapping[str, tuple[int, int]]:
+    """Of the ladder, ratios up to 2:1 whose sides divide by 8, as an autoencoder asks."""
+    sizes = _ladder(base).items()
+    return MappingProxyType({key: (h, w) for key, (h, w) in sizes if not (h % 8 or w % 8) and 0.5 <= h / w <= 2})
+
+
 BUCKETS: Mapping[int, Mapping[str, tuple[int, int]]] = MappingProxyType(
-    {base: _ladder(base) for base in (256, 512, 1024, 2048)}
+    {64: _small_ladder(64)} | {base: _ladder(base) for base in (256, 512, 1024, 2048)}
 )
-"""`BUCKETS[base][key]` is (height, width) in pixels; the 40 keys are height / width to two decimals, ascending."""
+"""`BUCKETS[base][key]` is (height, width) in pixels; the keys are height / width to two decimals, ascending. There are
+PixArt's 40, and at 64 px the embedded default's five."""
 
 
 def nearest(height_over_width: float, base: int, *, inference: bool = False) -> tuple[str, int, int]:

@@ -46,6 +46,7 @@ def forward_flops(
     caption_channels: int,
     patch_features: int,
     out_features: int,
+    cross_attention: bool = True,
 ) -> float:
     """Multiply-adds count two. One sample through `Transformer`: linear layers, both attentions, embeddings of text and
     patches.
@@ -53,14 +54,15 @@ def forward_flops(
     Args:
         tokens, text_tokens: image tokens N and caption tokens L of the sample.
         patch_features, out_features: values that a token reads from the latents, and writes (patch² · channels).
+        cross_attention: False for a DiT, which has none; a modulation MLP in every block is not counted.
     """
     self_attention = 4 * tokens * width * width + 2 * tokens * tokens * width
-    cross_attention = 2 * tokens * width * width + 2 * text_tokens * width * width + 2 * tokens * text_tokens * width
+    to_text = 2 * tokens * width * width + 2 * text_tokens * width * width + 2 * tokens * text_tokens * width
     feed_forward = 8 * tokens * width * width
     text = text_tokens * (caption_channels * width + width * width)
     patches = tokens * width * (patch_features + out_features)
     time = 256 * width + width * width + 6 * width * width
-    return 2.0 * (layers * (self_attention + cross_attention + feed_forward) + text + patches + time)
+    return 2.0 * (layers * (self_attention + to_text * cross_attention + feed_forward) + text + patches + time)
 
 
 def data_sheet(device_name: str) -> DataSheet | None:

@@ -138,7 +138,7 @@ class Residual(nn.Module):
 
 
 class Autoencoder(nn.Module):
-    """32x32 RGB pictures to `[8, 4, 4]` latents and back.
+    """RGB pictures to latents with 8 channels and an eighth of their sides, and back: 32x32 to `[8, 4, 4]`.
 
     Space-to-depth does the down-sampling, so that a batch is encoded in a few milliseconds on one core. Every channel
     of the latents has mean 0 and deviation 1 over the training pictures: the statistics are buffers of `norm`.
@@ -177,16 +177,18 @@ class Autoencoder(nn.Module):
         )
 
     def encode(self, images: Tensor) -> Tensor:
-        """Pictures `[B, 3, 32, 32]` in [-1, 1] to latents `[B, latent_channels, 4, 4]`. Raises ValueError."""
-        if images.shape[1:] != (3, IMAGE_SIZE, IMAGE_SIZE):
-            raise ValueError(f"images must be [B, 3, {IMAGE_SIZE}, {IMAGE_SIZE}], not {list(images.shape)}")
+        """Pictures `[B, 3, H, W]` in [-1, 1], sides that divide by 8, to latents `[B, latent_channels, H / 8, W / 8]`.
+
+        Raises ValueError.
+        """
+        if images.ndim != 4 or images.shape[1] != 3 or any(side % self.downsample for side in images.shape[2:]):
+            raise ValueError(f"images must be [B, 3, H, W], H and W divisible by 8, not {list(images.shape)}")
         return self.norm(self.encoder(images))
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents `[B, latent_channels, 4, 4]` to pictures `[B, 3, 32, 32]`, not clipped. Raises ValueError."""
-        if latents.shape[1:] != (self.latent_channels, self.latent_size, self.latent_size):
-            expected = [self.latent_channels, self.latent_size, self.latent_size]
-            raise ValueError(f"latents must be [B, {', '.join(map(str, expected))}], not {list(latents.shape)}")
+        """Latents `[B, latent_channels, h, w]` to pictures `[B, 3, 8 h, 8 w]`, not clipped. Raises ValueError."""
+        if latents.ndim != 4 or latents.shape[1] != self.latent_channels:
+            raise ValueError(f"latents must be [B, {self.latent_channels}, h, w], not {list(latents.shape)}")
         return self.decoder(latents)
 
     @classmethod

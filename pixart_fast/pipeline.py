@@ -166,7 +166,7 @@ class PixArtPipeline:
     def sizes(self) -> list[tuple[int, int]]:
         """Heights and widths that the model was trained for."""
         base = self.default_size[0]
-        if self.vae.embedded or base not in BUCKETS:
+        if base not in BUCKETS:
             return [self.default_size]
         return list(BUCKETS[base].values())
 
@@ -337,8 +337,9 @@ class PixArtPipeline:
                 return self.default_size
             height, width = image_size(init_image)
             return nearest(height / width, self.default_size[0])[1:]
-        if self.vae.embedded and size != self.default_size:
-            raise ValueError(f"this model paints {self.default_size[1]}x{self.default_size[0]} alone.")
+        if self.vae.embedded and size not in self.sizes():
+            known = ", ".join(f"{width}x{height}" for height, width in self.sizes())
+            raise ValueError(f"this model paints {known} alone.")
         unit = self.vae.downsample * self.transformer.config.patch_size
         if min(size) < unit or size[0] % unit or size[1] % unit:
             height, width = (max(unit, unit * round(side / unit)) for side in size)

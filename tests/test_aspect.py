@@ -57,6 +57,12 @@ def test_sizes_divide_by_16_and_keys_are_their_ratios(base):
         assert abs(float(key) - height / width) <= 0.005 + 1e-9
 
 
+def test_the_embedded_default_has_five_at_64():
+    sizes = {"0.6": (48, 80), "0.78": (56, 72), "1.0": (64, 64), "1.29": (72, 56), "1.67": (80, 48)}
+    assert list(aspect.BUCKETS[64].items()) == list(sizes.items())
+    assert aspect.nearest(9 / 16, 64, inference=True) == ("0.6", 48, 80)
+
+
 @pytest.mark.parametrize("inference", [False, True])
 def test_nearest_is_the_published_choice(inference):
     """The first of the smallest distances to the key in the order of the table, as the published data loader takes."""
@@ -68,7 +74,7 @@ def test_nearest_is_the_published_choice(inference):
 
 def test_buckets_of_a_model_without_a_table():
     assert aspect.base_size(128) == 1024 and aspect.base_size(4) == 32
-    with pytest.raises(ValueError, match=r"no aspect-ratio buckets for 32 px, only for 256, 512, 1024, 2048: give"):
+    with pytest.raises(ValueError, match=r"no aspect-ratio buckets for 32 px, only for 64, 256, 512, 1024, 2048: give"):
         aspect.nearest(1.0, aspect.base_size(4))
 
 

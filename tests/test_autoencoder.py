@@ -1,3 +1,5 @@
+import re
+
 import pytest
 import torch
 
@@ -28,6 +30,22 @@ def test_shapes(shipped, pictures):
     assert latents.shape == (5, shipped.latent_channels, shipped.latent_size, shipped.latent_size)
     assert shipped.latent_size * shipped.downsample == 32
     assert shipped.decode(latents).shape == (5, 3, 32, 32)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (48, 80)])
+def test_any_sides_that_divide_by_8(shipped, size):
+    images = Scenes(seed=9).batch(range(3), *size).images
+    latents = shipped.encode(images)
+    assert latents.shape == (3, 8, size[0] // 8, size[1] // 8)
+    assert shipped.decode(latents).shape == images.shape
+
+
+def test_a_larger_picture_is_encoded_place_by_place(shipped, pictures):
+    """Two latents away from a seam pictures side by side have their own latents: the weights know no position."""
+    left, right = pictures[:4], pictures[4:8]
+    together, alone = shipped.encode(torch.cat([left, right], 3)), shipped.encode(left)
+    torch.testing.assert_close(together[..., :2], alone[..., :2])
+    assert not torch.allclose(together[..., 3], alone[..., 3])
 
 
 def test_latents_have_unit_scale(shipped, pictures):
@@ -91,7 +109,9 @@ def test_loss_weighs_small_objects_as_large_ones():
 
 
 def test_wrong_shapes_are_named(shipped):
-    with pytest.raises(ValueError, match=r"\[1, 3, 64, 64\]"):
-        shipped.encode(torch.zeros(1, 3, 64, 64))
-    with pytest.raises(ValueError, match=r"\[1, 4, 8, 8\]"):
-        shipped.decode(torch.zeros(1, 4, 8, 8))
+    for shape in ((1, 3, 60, 64), (1, 3, 64, 60), (1, 1, 32, 32), (3, 32, 32)):
+        with pytest.raises(ValueError, match=re.escape(str(list(shape)))):
+            shipped.encode(torch.zeros(shape))
+    for shape in ((1, 4, 8, 8), (8, 4, 4)):
+        with pytest.raises(ValueError, match=re.escape(str(list(shape)))):
+            shipped.decode(torch.zeros(shape))

@@ -42,6 +42,7 @@ GROUPS = {
     "train": "embedded_default",
     "generate": "test_generate",
     "memory": "small_fp32_reference",
+    "loader": "test_loader and 1",
 }
 
 
@@ -54,7 +55,7 @@ def test_timed_rows_of_every_group_are_taken_by_the_report(tmp_path):
     accepted, refused = records.judge(run)
     assert not refused and accepted
     ops = {row["extra_info"]["op"] for row in run["benchmarks"]}
-    assert ops == {"modulated_layernorm", "forward", "train_step", "generate", "ladder", "memory"}
+    assert ops == {"modulated_layernorm", "forward", "train_step", "generate", "ladder", "memory", "loader"}
     assert {Path(row["fullname"].partition("::")[0]).stem for row in run["benchmarks"]} == {
         f"test_{group}" for group in GROUPS
     }

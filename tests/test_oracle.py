@@ -3,6 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from pixart_fast.aspect import BUCKETS
 from train.data import oracle
 from train.data.scenes import Scene, SceneObject, Scenes, draw
 
@@ -15,6 +16,23 @@ def test_real_pictures_read_right(split):
     rates = oracle.score(batch.scenes, batch.images)
     assert tuple(rates) == RATES
     assert min(rates.values()) >= 0.98, rates
+
+
+@pytest.mark.parametrize("size", [*BUCKETS[64].values(), (94, 62), (256, 144)])
+def test_larger_pictures_read_right(size):
+    batch = Scenes(seed=5).batch(range(200), *size)
+    rates = oracle.score(batch.scenes, batch.images)
+    assert tuple(rates) == RATES
+    assert min(rates.values()) >= 0.97, rates
+
+
+@pytest.mark.parametrize("size", [(64, 64), (80, 48)])
+def test_mistakes_in_larger_pictures_are_seen(size):
+    moved = changed(SCENE, cell="bottom left")
+    rates = oracle.score([replace(SCENE, states="position")], draw([moved], *size))
+    assert {rate for rate, value in rates.items() if value == 0} == {"position", "all_correct"}
+    rates = oracle.score([SCENE], draw([changed(SCENE, size="small")], *size))
+    assert {rate for rate, value in rates.items() if value == 0} == {"size", "all_correct"}
 
 
 def test_noisy_pictures_read_right():

@@ -83,6 +83,16 @@ def memory(path, modulation, *, setting="paper", device=H200, what="batch 16", l
     return {"fullname": name, "extra_info": info, "stats": {"median": 1.0, "iqr": 0.0}}
 
 
+def loader(workers, rate, **info):
+    info = {
+        "op": "loader", "path": f"{workers} workers", "what": "92 tokens", "workers": workers, "images_per_s": rate,
+        "mb_per_s": 0.75 * rate, "workers_for_an_h100": 450.5 / rate, "device": H200,
+        "h100_images_per_s": {"planned": 298.1, "known": "assumed", "at_40_percent_mfu": 450.5}, **info,
+    }  # fmt: skip
+    name = f"bench/test_loader.py::test_loader[{workers}]"
+    return {"fullname": name, "extra_info": info, "stats": {"median": 1.0, "iqr": 0.0}}
+
+
 def run(*rows, device=H200, moment="2026-11-22T08:00:00.000000+00:00", commit="0123456789", **machine):
     return {
         "datetime": moment,
@@ -340,15 +350,28 @@ def with_bytes(rows, **changes):
         (broken(MEMORY, 2, error_percent=float("nan")), "does not say how far off"),
         (broken(MEMORY, what=None), "lacks what"),
         (broken(MEMORY, path="guessed"), "no memory 'guessed'"),
+        ([loader(1, float("nan"))], "nan is no rate"),
         (broken(MEMORY, modulation="film"), "a modulation 'film'"),
     ],
-    ids=range(26),
+    ids=range(27),
 )
 def test_refused(tmp_path, capsys, rows, reason):
     root = house(tmp_path, run(*rows))
     assert report.main([], root) == 1
     assert reason in capsys.readouterr().err
     assert (root / "README.md").read_text() == PLACES and not (root / "docs").exists()
+
+
+def test_loader_beside_what_a_step_takes(tmp_path):
+    root = house(tmp_path, run(*GOOD, loader(2, 1200.4), loader(0, 2000.0), loader(1, 600.0)))
+    assert report.main([], root) == 0
+    table = (root / "docs" / "benchmarks.md").read_text().partition("### Loader")[2].splitlines()
+    assert table[2].endswith("92 tokens. An H100 takes 450 images/s at 40 % MFU,")
+    assert table[-3:] == [
+        "| none, in the training process | 2000 | 1500 | – |",
+        "| 1 | 600 | 450 | 0.75 |",
+        "| 2 | 1200 | 900 | 0.38 |",
+    ]
 
 
 def test_other_benchmarks_are_left_alone(tmp_path):

@@ -1,11 +1,18 @@
+import json
+from collections import Counter
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from pixart_fast.aspect import BUCKETS, nearest
+from train.data import oracle
 from train.data.scenes import (
     BACKGROUNDS,
     CELL_SIZE,
     CELLS,
+    CLASSES,
     COLOURS,
     HELD_OUT_PAIRS,
     SHAPES,
@@ -15,7 +22,10 @@ from train.data.scenes import (
     Scenes,
     coverage,
     draw,
+    main,
 )
+
+OFFSETS = ((1, -1), (0, 0), (-1, 1), (1, 1))
 
 
 def pairs(scene):
@@ -84,6 +94,104 @@ def test_shapes_are_distinct_and_sizes_ordered(shape):
     for other in set(SHAPES) - {shape}:
         theirs = coverage(other, "small", 16, 16)
         assert np.minimum(small, theirs).sum() / np.maximum(small, theirs).sum() < 0.85
+
+
+def test_classes_are_those_of_the_first_objects():
+    assert len(set(CLASSES)) == 24 and CLASSES[0] == "red circle" and CLASSES[-1] == "cyan cross"
+    scenes = Scenes().batch(range(2000)).scenes
+    for scene in scenes:
+        assert CLASSES[scene.label] == f"{scene.objects[0].colour} {scene.objects[0].shape}"
+        assert divmod(scene.label, 4) == (
+            list(COLOURS).index(scene.objects[0].colour),
+            SHAPES.index(scene.objects[0].shape),
+        )
+    labels = Counter(scene.label for scene in scenes)
+    assert set(range(24)) - set(labels) == {CLASSES.index(f"{colour} {shape}") for colour, shape in HELD_OUT_PAIRS}
+    assert min(labels.values()) > 2000 / 20 / 2
+
+
+def test_a_canvas_changes_neither_scenes_nor_captions():
+    plain, large = Scenes(captions="mixed").batch(range(40)), Scenes(captions="mixed").batch(range(40), 48, 80)
+    assert large.images.shape == (40, 3, 48, 80) and large.images.dtype == torch.float32
+    assert large.captions == plain.captions and large.scenes == plain.scenes
+
+
+@pytest.mark.parametrize(("height", "width", "scale"), [(64, 64, 2), (48, 80, 1.5), (80, 48, 1.5)])
+def test_layouts_stretch_and_shapes_keep_their_form(height, width, scale):
+    """In each cell the shape lies where it does at 32x32, in fractions of the cell, and is so many times as large."""
+    white, blue = (torch.tensor(x).view(3, 1, 1) / 127.5 - 1 for x in (BACKGROUNDS["white"], COLOURS["blue"]))
+    for shape, size in ((shape, size) for shape in SHAPES for size in SIZES):
+        for cell, row, column, (dx, dy) in zip(CELLS, (1, 1, 3, 3), (1, 3, 1, 3), OFFSETS, strict=True):
+            image = draw([Scene("white", (SceneObject("blue", shape, size, cell, (dx, dy)),))], height, width)
+            covered = ((image[0] - white) / (blue - white))[0].numpy()
+            x, y = column * width / 4 + dx * scale, row * height / 4 + dy * scale
+            expected = coverage(shape, size, x, y, height, width, scale)
+            np.testing.assert_allclose(covered, expected, atol=1e-5)
+            assert expected.sum() == pytest.approx(coverage(shape, size, 16, 16).sum() * scale**2, rel=0.02)
+
+
+@pytest.mark.parametrize("size", [(33, 32), (64, 63), (8, 64)])
+def test_canvases_that_cannot_be_divided_into_cells(size):
+    with pytest.raises(ValueError, match=rf"even sides from 16 pixels on, not {size[0]}x{size[1]}"):
+        Scenes().batch([0], *size)
+
+
+def exported(tmp_path, *arguments):
+    """The files of an export by name."""
+    assert main([str(tmp_path), *arguments]) == 0
+    return {path.relative_to(tmp_path).as_posix(): path.read_bytes() for path in tmp_path.rglob("*.*")}
+
+
+def pixels(path):
+    return torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1)[None] / 127.5 - 1
+
+
+def test_export_is_a_captioned_folder_of_uneven_pictures(tmp_path):
+    files = exported(tmp_path / "a", "--count", "60", "--size", "64", "--aspects", "--captions", "mixed", "--seed", "3")
+    lines = [json.loads(line) for line in files.pop("metadata.jsonl").decode().splitlines()]
+    assert [line["file_name"] for line in lines] == sorted(files) and len(lines) == 60
+    batch = Scenes(seed=3, captions="mixed").batch(range(60))
+    assert [line["text"] for line in lines] == batch.captions
+    buckets = Counter()
+    for line, scene in zip(lines, batch.scenes, strict=True):
+        with Image.open(tmp_path / "a" / line["file_name"]) as image:
+            width, height = image.size
+        key, *bucket = nearest(height / width, 64)
+        buckets[key] += 1
+        assert (
+            height % 8 and width % 8 and all(1.4 < a / b < 1.65 for a, b in zip((height, width), bucket, strict=True))
+        )
+        (reading,) = oracle.read(pixels(tmp_path / "a" / line["file_name"]))
+        assert reading.background == scene.background and len(reading.objects) == len(scene.objects)
+    assert set(buckets) == set(BUCKETS[64]) and min(buckets.values()) >= 4
+    again = exported(tmp_path / "b", "--count", "20", "--size", "64", "--aspects", "--captions", "mixed", "--seed", "3")
+    assert again.pop("metadata.jsonl").decode().splitlines() == [json.dumps(line) for line in lines[:20]]
+    assert all(files[name] == content for name, content in again.items()) and len(again) == 20
+
+
+def test_export_by_class(tmp_path):
+    files = exported(tmp_path / "a", "--count", "40", "--classes")
+    scenes = Scenes().batch(range(40)).scenes
+    assert set(files) == {f"{CLASSES[s.label].replace(' ', '_')}/{index:06d}.png" for index, s in enumerate(scenes)}
+    sides = [side for name in files for side in Image.open(tmp_path / "a" / name).size]
+    assert 44 <= min(sides) < max(sides) <= 50 and not any(side % 8 == 0 for side in sides)
+
+
+MISTAKES = {
+    "buckets": (["--size", "32", "--aspects"], "no aspect-ratio buckets for 32 px: choose from 64, 256"),
+    "size": (["--size", "8"], "even sides from 16 pixels on"),
+    "folder": ([], "is not empty: name a new folder."),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_of_an_export_are_one_sentence(name, tmp_path, capsys):
+    arguments, message = MISTAKES[name]
+    if name == "folder":
+        (tmp_path / "a.png").touch()
+    assert main([str(tmp_path), *arguments]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("python -m train.data.scenes: ") and message in error
 
 
 def test_every_attribute_occurs_about_equally_often():

@@ -18,6 +18,7 @@ from typing import Any
 import torch.distributed as dist
 
 from train.settings import UserError
+from train.universal import Shards
 
 MANIFEST = "manifest.json"
 TAG = "state"
@@ -44,6 +45,17 @@ def describe(files: list[Path], root: Path) -> dict[str, dict[str, Any]]:
         _sync(file)
         entries[str(file.relative_to(root))] = {"bytes": file.stat().st_size, "sha256": digest(file)}
     return entries
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def _first(failure: str | None) -> str | None:
+    """The first failure of any process, or None; collective."""
+    failures: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(failures, failure)
+    return next(filter(None, failures), None)
 
 
 class Checkpoints:
@@ -77,21 +89,19 @@ class Checkpoints:
         try:
             engine.save_checkpoint(str(partial), tag=TAG, client_state={"step": step}, save_latest=False)
         except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError of its zip writer
-            failure = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        failures: list[str | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(failures, failure)
-        if dist.get_rank() == 0 and not any(failures):
+            failure = _reason(error)
+        failure = _first(failure)
+        if dist.get_rank() == 0 and failure is None:
             try:
                 self._commit(partial, target, step, engine)
             except OSError as error:
-                failures = [f"{type(error).__name__}: {error}"]
-        verdict = [next(filter(None, failures), None)]
-        dist.broadcast_object_list(verdict)
-        if verdict[0]:
+                failure = _reason(error)
+        failure = _first(failure)
+        if failure:
             if dist.get_rank() == 0:
                 shutil.rmtree(partial, ignore_errors=True)
             raise UserError(
-                f"the checkpoint of step {step} could not be written to {self.folder} ({verdict[0]}): "
+                f"the checkpoint of step {step} could not be written to {self.folder} ({failure}): "
                 "free space there and start again, the earlier checkpoints are untouched."
             )
         return target
@@ -169,9 +179,10 @@ class Checkpoints:
         return None
 
     def load(self, engine, path: Path, manifest: dict[str, Any]) -> int:
-        """Restore weights, optimizer, EMA and loss scaler; returns the number of finished steps.
+        """Restore weights, optimizer, EMA and loss scaler; returns the number of finished steps. Collective.
 
-        Raises UserError when ZeRO shards were written by another number of processes or another stage.
+        ZeRO shards of another number of processes are dealt to the present ones, bit for bit, in files that go again.
+        Raises UserError when they were written with another stage, or there is no room for them.
         """
         stage, processes = engine.zero_optimization_stage(), dist.get_world_size()
         if manifest["zero_stage"] != stage:
@@ -179,14 +190,31 @@ class Checkpoints:
                 f"{path} was written with zero_stage={manifest['zero_stage']}: go on with that, or start another "
                 "output from its final/ weights with init_from=."
             )
-        if stage and manifest["processes"] != processes:
-            was = manifest["processes"]
-            raise UserError(
-                f"{path} holds ZeRO-{stage} shards of {was} process(es) and this run has {processes}: go on with {was} "
-                f"(deepspeed --num_gpus {was}), or let {was} finish early with steps={manifest['step']} and start "
-                "another output from the final/ folder with init_from=."
-            )
-        loaded, client_state = engine.load_checkpoint(str(path), tag=TAG)
+        dealt = self._deal(path, manifest) if stage and manifest["processes"] != processes else None
+        loaded, client_state = engine.load_checkpoint(str(dealt or path), tag=TAG)
         if loaded is None:
             raise UserError(f"DeepSpeed found no state in {path}: remove that folder to go on from the one before it.")
+        dist.barrier()
+        if dealt and dist.get_rank() == 0:
+            shutil.rmtree(dealt)
         return client_state["step"]
+
+    def _deal(self, path: Path, manifest: dict[str, Any]) -> Path:
+        """A folder with the checkpoint's shards for as many processes as there are now; collective."""
+        rank, processes, was = dist.get_rank(), dist.get_world_size(), manifest["processes"]
+        folder, failure = self.folder / f".partial_{path.name}_for_{processes}", None
+        if rank == 0:
+            print(f"{path.name} has the shards of {was} process(es): dealing them to {processes}.", flush=True)
+        try:
+            Shards(path / TAG, manifest["zero_stage"], was).write(folder / TAG, rank, processes)
+        except (OSError, RuntimeError) as error:
+            failure = _reason(error)
+        failure = _first(failure)
+        if failure:
+            if rank == 0:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise UserError(
+                f"{path} could not be dealt from {was} to {processes} process(es), which needs its size again in "
+                f"{self.folder} ({failure}): free space there, or go on with {was} (deepspeed --num_gpus {was})."
+            )
+        return folder

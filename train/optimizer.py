@@ -46,9 +46,11 @@ class MuonAdamW(TorchOptimizer):
     Muon orthogonalises whole matrices, so no parameter may be flattened or split: ZeRO stage 0 only.
     """
 
-    def __init__(self, matrices: list[nn.Parameter], others: list[nn.Parameter], settings: Optimizer, fused: bool):
+    def __init__(
+        self, matrices: list[nn.Parameter], others: list[nn.Parameter], settings: Optimizer, lr: float, fused: bool
+    ):
         self.muon = Muon(matrices, lr=settings.muon_lr)
-        self.adamw = torch.optim.AdamW(others, **_adamw_arguments(settings), fused=fused)
+        self.adamw = torch.optim.AdamW(others, **_adamw_arguments(settings, lr), fused=fused)
         super().__init__([*self.muon.param_groups, *self.adamw.param_groups], {})
         self._link()
 
@@ -63,9 +65,9 @@ class MuonAdamW(TorchOptimizer):
         self.adamw.step()
 
 
-def _adamw_arguments(settings: Optimizer) -> dict:
+def _adamw_arguments(settings: Optimizer, lr: float) -> dict:
     return {
-        "lr": settings.lr,
+        "lr": lr,
         "betas": settings.betas,
         "eps": settings.eps,
         "weight_decay": settings.weight_decay,
@@ -79,7 +81,7 @@ def build_optimizer(model: nn.Module, run: Settings, device: torch.device) -> To
     CPUAdam under offload (built on first use, minutes); "apex" NVIDIA apex's FusedAdam. Raises UserError where the
     choice cannot be had.
     """
-    settings, offload = run.optimizer, run.offload
+    settings, lr, offload = run.optimizer, run.effective_lr(), run.offload
     parameters = [p for p in model.parameters() if p.requires_grad]
     fused = device.type == "cuda" and not offload
     if run.optimizer_kind() == "muon":
@@ -92,7 +94,7 @@ def build_optimizer(model: nn.Module, run: Settings, device: torch.device) -> To
         matrices = [p for name, p in model.named_parameters() if _is_block_matrix(name, p)]
         chosen = {id(p) for p in matrices}
         others = [p for p in parameters if id(p) not in chosen]
-        optimizer = with_ema(MuonAdamW)(matrices, others, settings, fused)
+        optimizer = with_ema(MuonAdamW)(matrices, others, settings, lr, fused)
     elif settings.implementation == "apex":
         try:
             from apex.optimizers import FusedAdam
@@ -101,16 +103,16 @@ def build_optimizer(model: nn.Module, run: Settings, device: torch.device) -> To
                 "optimizer.implementation=apex needs NVIDIA apex, built from its source (PyPI's `apex` is another "
                 "project): install it or choose optimizer.implementation=auto."
             ) from error
-        optimizer = with_ema(FusedAdam)(parameters, adam_w_mode=True, **_adamw_arguments(settings))
+        optimizer = with_ema(FusedAdam)(parameters, adam_w_mode=True, **_adamw_arguments(settings, lr))
     elif settings.implementation == "deepspeed":
         from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 
         if device.type != "cuda" or offload:
-            optimizer = with_ema(DeepSpeedCPUAdam)(parameters, adamw_mode=True, **_adamw_arguments(settings))
+            optimizer = with_ema(DeepSpeedCPUAdam)(parameters, adamw_mode=True, **_adamw_arguments(settings, lr))
         else:
-            optimizer = with_ema(FusedAdam)(parameters, adam_w_mode=True, **_adamw_arguments(settings))
+            optimizer = with_ema(FusedAdam)(parameters, adam_w_mode=True, **_adamw_arguments(settings, lr))
     else:
-        optimizer = with_ema(torch.optim.AdamW)(parameters, **_adamw_arguments(settings), fused=fused)
+        optimizer = with_ema(torch.optim.AdamW)(parameters, **_adamw_arguments(settings, lr), fused=fused)
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
         group["ema_decay"] = settings.ema
@@ -118,7 +120,7 @@ def build_optimizer(model: nn.Module, run: Settings, device: torch.device) -> To
 
 
 def _is_block_matrix(name: str, parameter: Tensor) -> bool:
-    return name.startswith("transformer_blocks.") and name.endswith(".weight") and parameter.ndim == 2
+    return name.startswith(("transformer_blocks.", "blocks.")) and name.endswith(".weight") and parameter.ndim == 2
 
 
 def learning_rate_factor(step: int, steps: int, settings: Optimizer) -> float:

@@ -14,7 +14,10 @@ DEFAULT = CONFIGS / "scenes.yaml"
 
 
 class UserError(Exception):
-    """A mistake that the user can mend; its one sentence is printed without a stack trace."""
+    """A mistake that the user can mend; its one sentence is printed without a stack trace, once for all processes
+    unless it is that of `one_process`."""
+
+    one_process = False
 
 
 class Section(BaseModel):
@@ -22,8 +25,15 @@ class Section(BaseModel):
 
 
 class Model(Section):
-    """The transformer. `size` names a row of `pixart_fast.config.SIZES`; the other keys override parts of it."""
+    """The transformer. `size` names a row of `pixart_fast.config.SIZES`; the other keys override parts of it.
 
+    kind: "dit" is the class-conditional model of the paper's first stage. interpolation_scale: of the position
+    embedding; None is 1 up to 512 px and 2 at 1024. micro_conditions: what the model is told of a picture's size:
+    "original" its height and width and its bucket's ratio (the published training), "bucket" the bucket's own, "exact"
+    the bucket's height and width and their exact ratio (diffusers).
+    """
+
+    kind: Literal["pixart", "dit"] = "pixart"
     size: Literal["scenes", "S", "B", "L", "XL"] = "XL"
     layers: PositiveInt | None = None
     width: PositiveInt | None = None
@@ -32,6 +42,8 @@ class Model(Section):
     modulation: Literal["adaln_single", "adaln"] = "adaln_single"
     dropout: float = Field(0.0, ge=0, lt=1)
     gate: float | None = None
+    interpolation_scale: PositiveFloat | None = None
+    micro_conditions: Literal["none", "original", "bucket", "exact"] = "none"
 
     def resolved_size(self) -> Size:
         given = {"layers": self.layers, "width": self.width, "heads": self.heads}
@@ -39,9 +51,18 @@ class Model(Section):
 
 
 class Data(Section):
-    """What it learns from. `workers` processes prepare batches ahead; 0 prepares them in the training process."""
+    """What it learns from. `workers` processes prepare batches ahead; 0 prepares them in the training process.
 
-    source: Literal["scenes"] = "scenes"
+    source: "scenes" are drawn on the fly; "features" are a folder `store` that `python -m train.data.extract` made.
+    token_budget: image tokens of a step over all processes, instead of batch_size pictures whatever their bucket.
+    null_mask: a dropped caption leaves the empty one with its "own" tokens, or as many as the caption had ("cond", as
+    published).
+    """
+
+    source: Literal["scenes", "features"] = "scenes"
+    store: Path | None = None
+    token_budget: PositiveInt | None = None
+    null_mask: Literal["own", "cond"] = "own"
     captions: Literal["dense", "sparse", "mixed"] = "dense"
     caption_dropout: float = Field(0.1, ge=0, lt=1)
     workers: int = Field(0, ge=0)
@@ -64,6 +85,9 @@ class Optimizer(Section):
     kind: Literal["adamw", "muon", "auto"] = "adamw"
     implementation: Literal["auto", "torch", "deepspeed", "apex"] = "auto"
     lr: PositiveFloat = 2e-5
+    lr_rule: Literal["constant", "sqrt"] = Field(
+        "constant", description='"sqrt": times the root of batch_size / 256, as the published code has it'
+    )
     betas: tuple[float, float] = (0.9, 0.999)
     eps: PositiveFloat = 1e-8
     weight_decay: float = Field(0.03, ge=0)
@@ -75,13 +99,28 @@ class Optimizer(Section):
 
 
 class Sampling(Section):
-    """Pictures and oracle accuracy along the way: captions per split, solver steps, guidance."""
+    """Pictures along the way, with the averaged weights: solver steps, guidance; of scenes also the oracle's accuracy,
+    over so many captions per split. With features `prompts` (or the store's first captions) are painted, by the text
+    encoder and VAE in the model folder `components`, which are in memory only then.
+    """
 
+    components: Path | None = None
+    prompts: tuple[str, ...] = ()
     every: int = Field(0, ge=0)
     captions: PositiveInt = 96
     final_captions: PositiveInt = 192
     steps: PositiveInt = 20
     guidance: float = Field(4.5, ge=1)
+
+
+class Cost(Section):
+    """What a run is reckoned to cost: the price of a GPU hour, kg of CO2 per kWh in the region (0.436: the world in
+    2022, Ember), and what a data centre draws beside its computers (1.58: Uptime Institute 2023)."""
+
+    dollars_per_gpu_hour: float | None = Field(None, ge=0)
+    region: str = "world"
+    kg_co2_per_kwh: float = Field(0.436, ge=0)
+    pue: float = Field(1.58, ge=1)
 
 
 class Settings(Section):
@@ -92,11 +131,15 @@ class Settings(Section):
     steps: PositiveInt
     batch_size: PositiveInt = Field(description="images per optimizer step, over all processes")
     accumulation: PositiveInt = 1
+    micro_tokens: PositiveInt | None = Field(
+        None, description="image tokens that a process computes at a time at most: sets accumulation"
+    )
     model: Model = Model()
     data: Data = Data()
     diffusion: Diffusion = Diffusion()
     optimizer: Optimizer = Optimizer()
     sampling: Sampling = Sampling()
+    cost: Cost = Cost()
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     zero_stage: Literal[0, 1, 2, 3] = 0
     offload: bool = False
@@ -108,7 +151,31 @@ class Settings(Section):
     checkpoint_every: PositiveInt = 1000
     keep_checkpoints: PositiveInt = 2
     resume: Literal["auto", "never"] = "auto"
-    init_from: Path | None = None
+    init_from: Path | None = Field(
+        None, description="a model folder, official .pth, or a DiT, which is re-parameterised (section 2.3)"
+    )
+    init_timestep: int = Field(500, ge=0, le=999, description="where the re-parameterised model equals its DiT")
+    wandb: str | None = Field(None, description="project of Weights & Biases to log to as well")
+
+    def resolved(self, processes: int, tokens: int) -> "Settings":
+        """With the least accumulation that keeps a micro-batch of pictures of `tokens` within `micro_tokens`."""
+        if self.micro_tokens is None:
+            return self
+        if self.data.token_budget is not None:
+            raise UserError("data.token_budget and micro_tokens do not go together: choose accumulation= instead.")
+        if self.batch_size % processes:
+            raise UserError(
+                f"batch_size {self.batch_size} does not divide by {processes} processes: choose a multiple."
+            )
+        rows, most = self.batch_size // processes, self.micro_tokens // tokens
+        if not most:
+            raise UserError(f"micro_tokens={self.micro_tokens} is less than a picture's {tokens} tokens: raise it.")
+        least = next(n for n in range(1, rows + 1) if rows % n == 0 and rows // n <= most)
+        return self.model_copy(update={"accumulation": least})
+
+    def effective_lr(self) -> float:
+        """The learning rate after warm-up."""
+        return self.optimizer.lr * (self.batch_size / 256) ** (0.5 if self.optimizer.lr_rule == "sqrt" else 0)
 
     def optimizer_kind(self) -> str:
         """ "adamw" or "muon"."""
@@ -116,15 +183,16 @@ class Settings(Section):
             return "adamw" if self.zero_stage else "muon"
         return self.optimizer.kind
 
-    def rows_per_process(self, processes: int) -> int:
-        """Rows of a micro-batch; every process runs `accumulation` of them per step."""
+    def rows_per_process(self, processes: int, rows: int | None = None) -> int:
+        """Rows of a micro-batch, of a step of `rows` (None: batch_size); every process runs `accumulation` of them."""
+        rows = self.batch_size if rows is None else rows
         parts = processes * self.accumulation
-        if self.batch_size % parts:
+        if rows % parts:
             raise UserError(
-                f"batch_size {self.batch_size} does not divide by {processes} process(es) x accumulation "
+                f"batch_size {rows} does not divide by {processes} process(es) x accumulation "
                 f"{self.accumulation}: choose a multiple of {parts}."
             )
-        return self.batch_size // parts
+        return rows // parts
 
 
 # What may differ when a run goes on. `steps` bends a cosine schedule, and workers, on one thread each, round latents in
@@ -139,28 +207,20 @@ FREE_ON_RESUME = {
     "sampling",
     "data.workers",
     "init_from",
+    "cost",
+    "wandb",
 }
 
 
-def load_settings(path: Path, overrides: list[str]) -> Settings:
-    """Read a YAML file and apply `key=value` overrides (`optimizer.lr=1e-4`, values in YAML's notation).
+def load_settings(path: Path | list[Path], overrides: list[str]) -> Settings:
+    """Read YAML files, the later over the earlier, and apply `key=value` overrides (`optimizer.lr=1e-4`, values in
+    YAML's notation).
 
     Raises UserError, one sentence, for a missing file, an unknown key (with the nearest known one) or a bad value.
     """
-    if not path.is_file():
-        known = ", ".join(
-            sorted(
-                str(file.relative_to(Path.cwd())) if file.is_relative_to(Path.cwd()) else str(file)
-                for file in CONFIGS.glob("*.yaml")
-            )
-        )
-        raise UserError(f"no configuration {path}: the ones that come with the project are {known}.")
-    try:
-        values = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}.") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path} must hold keys and values, it holds a {type(values).__name__}.")
+    values: dict[str, Any] = {}
+    for file in [path] if isinstance(path, Path) else path:
+        _merge(values, read_yaml(file))
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator:
@@ -176,6 +236,33 @@ def load_settings(path: Path, overrides: list[str]) -> Settings:
         return Settings.model_validate(values)
     except ValidationError as error:
         raise UserError(_sentence(error)) from error
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Keys and values of a file. Raises UserError."""
+    if not path.is_file():
+        known = ", ".join(
+            sorted(
+                str(file.relative_to(Path.cwd())) if file.is_relative_to(Path.cwd()) else str(file)
+                for file in CONFIGS.glob("*.yaml")
+            )
+        )
+        raise UserError(f"no configuration {path}: the ones that come with the project are {known}.")
+    try:
+        values = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}.") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path} must hold keys and values, it holds a {type(values).__name__}.")
+    return values
+
+
+def _merge(values: dict[str, Any], over: dict[str, Any]) -> None:
+    for key, value in over.items():
+        if isinstance(value, dict) and isinstance(values.get(key), dict):
+            _merge(values[key], value)
+        else:
+            values[key] = value
 
 
 def _scalar(text: str) -> Any:

@@ -10,11 +10,17 @@ import torch
 import torch.distributed as dist
 import yaml
 
-from pixart_fast import Transformer, ops
+from pixart_fast import DiT, Transformer, ops
+from pixart_fast.checkpoint import load_transformer, reparameterize
 from pixart_fast.config import transformer_config
 from pixart_fast.engine import compile_blocks, recompute_pointwise
-from train.data.source import ScenesSource
+from pixart_fast.weights import AVERAGED, TRAINED, read_weights
+from train.data.features import FeaturesSource
+from train.data.source import ScenesSource, Source
+from train.data.store import FeatureStore
 from train.settings import Settings, UserError, changed_keys, flatten, load_settings
+
+DIT = "dit.pt"  # in the final/ of a run that trained one
 
 
 def connect() -> tuple[torch.device, int, int]:
@@ -80,38 +86,127 @@ def claim(settings: Settings, rank: int) -> None:
         raise UserError(verdict[0])
 
 
-def build_model(settings: Settings, source: ScenesSource) -> Transformer:
-    """The transformer that the settings describe, the same on every process, fresh or from `init_from`."""
+def build_source(settings: Settings, processes: int) -> Source:
+    """The data set that the settings name. Raises UserError."""
+    data, classes = settings.data, settings.model.kind == "dit"
+    if data.source == "scenes":
+        for key, value in (("store", data.store), ("token_budget", data.token_budget)):
+            if value is not None:
+                raise UserError(f"data.{key} is for data.source=features: scenes are drawn on the fly.")
+        if settings.model.micro_conditions != "none":
+            raise UserError("scenes have one size: leave model.micro_conditions at none.")
+        return ScenesSource(data, settings.seed, settings.batch_size, classes=classes)
+    if data.store is None:
+        raise UserError("data.source=features needs data.store=FOLDER, which `python -m train.data.extract` makes.")
+    store = FeatureStore(data.store)
+    if classes != (store.manifest.classes is not None):
+        raise UserError(
+            f"{data.store} holds {'classes' if store.manifest.classes else 'captions'}: choose "
+            f"model.kind={'dit' if store.manifest.classes else 'pixart'} for it."
+        )
+    return FeaturesSource(
+        store,
+        batch_size=None if data.token_budget else settings.batch_size,
+        token_budget=data.token_budget,
+        multiple=processes * settings.accumulation,
+        patch_size=settings.model.patch_size,
+        seed=settings.seed,
+        micro_conditions=settings.model.micro_conditions,
+        null_mask=data.null_mask,
+    )
+
+
+def new_model(settings: Settings, source: Source) -> Transformer | DiT:
+    """The model that the settings describe, with the weights that training from scratch starts from.
+
+    Raises ValueError.
+    """
+    size, chosen = settings.model.resolved_size(), settings.model
+    if chosen.kind == "dit":
+        if source.num_classes is None:
+            raise ValueError("model.kind=dit learns classes, and this data has captions: choose model.kind=pixart.")
+        return DiT(
+            input_size=source.latent_size,
+            patch_size=chosen.patch_size,
+            in_channels=source.latent_channels,
+            hidden_size=size.width,
+            depth=size.layers,
+            num_heads=size.heads,
+            num_classes=source.num_classes,
+        )
+    if source.caption_channels is None:
+        raise ValueError("model.kind=pixart learns captions, and this data has classes: choose model.kind=dit.")
+    config = transformer_config(
+        size,
+        sample_size=source.latent_size,
+        patch_size=chosen.patch_size,
+        in_channels=source.latent_channels,
+        caption_channels=source.caption_channels,
+        modulation=chosen.modulation,
+        dropout=chosen.dropout,
+        interpolation_scale=chosen.interpolation_scale,
+        use_additional_conditions=chosen.micro_conditions != "none",
+    )
+    model = Transformer(**config).initialize_weights(gate=chosen.gate)
+    model.null_caption = source.null_caption
+    return model
+
+
+def build_model(settings: Settings, source: Source) -> Transformer | DiT:
+    """The model of a run, the same on every process, fresh or from `init_from`, ready to train. Raises UserError."""
     torch.manual_seed(settings.seed)
     try:
-        config = transformer_config(
-            settings.model.resolved_size(),
-            sample_size=source.latent_size,
-            patch_size=settings.model.patch_size,
-            in_channels=source.latent_channels,
-            caption_channels=source.caption_channels,
-            modulation=settings.model.modulation,
-            dropout=settings.model.dropout,
-        )
-        model = Transformer(**config).initialize_weights(gate=settings.model.gate)
+        model = new_model(settings, source)
         if settings.init_from is not None:
-            model.load_state_dict(_weights(settings.init_from))
+            model.load_state_dict(_weights(settings, source))
     except (ValueError, RuntimeError, OSError) as error:
         raise UserError(" ".join(str(error).split())) from error
-    model.null_caption = source.null_caption
     if settings.activation_checkpointing == "pointwise":
+        if settings.model.kind == "dit":
+            raise UserError(
+                "activation_checkpointing=pointwise is for model.kind=pixart: choose true, whole blocks, for a DiT."
+            )
         recompute_pointwise(model)
     elif settings.activation_checkpointing:
         model.enable_gradient_checkpointing()
-    return compile_blocks(model) if settings.compile else model
+    if not settings.compile:
+        return model
+    if settings.model.kind == "dit":
+        for block in model.blocks:
+            block.compile(dynamic=False)
+        return model
+    return compile_blocks(model)
 
 
-def _weights(folder: Path) -> dict[str, torch.Tensor]:
-    if not (folder / "config.json").is_file():
+def _weights(settings: Settings, source: Source) -> dict[str, torch.Tensor]:
+    """Of `init_from`: as they are, or a DiT's re-parameterised."""
+    folder = settings.init_from
+    dit = folder / DIT if folder.is_dir() else folder
+    is_dit = dit.is_file() and "y_embedder.embedding_table.weight" in (weights := read_weights(dit, AVERAGED + TRAINED))
+    if is_dit and settings.model.kind == "dit":
+        return weights
+    if is_dit:
+        if settings.model.modulation != "adaln_single":
+            raise ValueError("a DiT is re-parameterised into adaLN-single: choose model.modulation=adaln_single.")
+        return reparameterize(
+            weights,
+            caption_channels=source.caption_channels,
+            num_attention_heads=settings.model.resolved_size().heads,
+            timestep=settings.init_timestep,
+            null="class",
+            use_additional_conditions=settings.model.micro_conditions != "none",
+        ).state_dict()
+    if folder.is_dir() and not any((folder / name / "config.json").is_file() for name in (".", "transformer")):
         raise ValueError(
             f"init_from={folder} is not a model folder: name one with a config.json, as a run's final/ is."
         )
-    return Transformer.from_pretrained(folder).state_dict()
+    heads = {} if folder.is_dir() else {"num_attention_heads": settings.model.resolved_size().heads}
+    loaded = load_transformer(folder, **heads).state_dict()
+    if settings.model.micro_conditions != "none" and not any("resolution_embedder" in name for name in loaded):
+        # Stages without micro-conditions come before those with them: the new embedders start at random.
+        fresh = new_model(settings, source).state_dict()
+        loaded |= {name: t for name, t in fresh.items() if "resolution_embedder" in name or "ratio_embedder" in name}
+    return loaded
 
 
 def deepspeed_config(settings: Settings, precision: str, processes: int) -> dict:

@@ -2,16 +2,19 @@
 
 The background is the median colour. A pixel belongs to an object if it lies past the middle of the way from the
 background to that object's colour, which is right for antialiased edges as well. Connected pixels of one colour are
-then compared with every shape in every size.
+then compared with every shape in every size. All of that happens at 32x32: larger pictures are read from the middles of
+their quarters.
 """
 
 from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
-import torch
 from scipy import ndimage
+from torch import Tensor
+from torch.nn import functional as F
 
+from pixart_fast.embedded import IMAGE_SIZE
 from train.data.scenes import BACKGROUNDS, CELL_SIZE, CELLS, COLOURS, SHAPES, SIZES, Scene, coverage
 
 BACKGROUND_TOLERANCE = 0.19  # distance in RGB of channels from 0 to 1: the closest two backgrounds are 0.39 apart
@@ -29,7 +32,8 @@ _BACKGROUND_VALUES = np.array(list(BACKGROUNDS.values())) / 255
 
 @dataclass(frozen=True)
 class SeenObject:
-    """An object found in a picture: its attributes, centre (x, y) in pixels, and overlap with its template (0 to 1)."""
+    """An object found in a picture: its attributes, centre (x, y) in pixels of 32x32, and overlap with its template,
+    0 to 1."""
 
     colour: str
     shape: str
@@ -47,14 +51,24 @@ class Reading:
     objects: tuple[SeenObject, ...]
 
 
-def read(images: torch.Tensor) -> list[Reading]:
-    """Read pictures `[B, 3, 32, 32]` of any floating dtype, with values in [-1, 1] (others are clipped)."""
-    pixels = (images.detach().float().cpu().clamp(-1, 1).numpy().transpose(0, 2, 3, 1) + 1) / 2
-    return [_read(picture) for picture in pixels]
+def read(images: Tensor) -> list[Reading]:
+    """Read pictures `[B, 3, H, W]` of any floating dtype, with values in [-1, 1] (others are clipped)."""
+    images = _cells(images.detach().float().cpu().clamp(-1, 1))
+    return [_read(picture) for picture in (images.numpy().transpose(0, 2, 3, 1) + 1) / 2]
 
 
-def score(scenes: list[Scene], images: torch.Tensor) -> dict[str, float]:
-    """Fractions of the pictures `[B, 3, 32, 32]` that agree with the dense captions of their `scenes`.
+def _cells(images: Tensor) -> Tensor:
+    """The middle square of each quarter, put together and resized to `[B, 3, 32, 32]`: what the objects lie in."""
+    side = min(images.shape[2:]) // 2
+    height, width = (
+        [quarter * (length // 2) + (length // 2 - side) // 2 + place for quarter in (0, 1) for place in range(side)]
+        for length in images.shape[2:]
+    )
+    return F.interpolate(images[:, :, height][..., width], size=(IMAGE_SIZE, IMAGE_SIZE), mode="area")
+
+
+def score(scenes: list[Scene], images: Tensor) -> dict[str, float]:
+    """Fractions of the pictures `[B, 3, H, W]` that agree with the dense captions of their `scenes`.
 
     A caption counts as right only if all of its objects are: `background`; `colour`, all named colours are there;
     `binding`, all (colour, shape) are; `size`, all (colour, size) are; `count`, as many objects as named; `position`,

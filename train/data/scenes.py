@@ -1,20 +1,33 @@
 """Procedural captioned pictures: coloured shapes on a plain background, the embedded training set.
 
-A picture is 32x32 and holds one or two objects, each in its own cell of a 2x2 layout. Every attribute of sample
-`index` is a hash of (seed, index, attribute), so a data position is one integer, and any worker can draw any sample.
+A picture holds one or two objects, each in its own cell of a 2x2 layout. Every attribute of sample `index` is a hash of
+(seed, index, attribute), so a data position is one integer, and any worker can draw any sample. 32x32 is the size that
+all lengths are given for; on a larger canvas the layout stretches, and shapes grow with the shorter side.
 
 Dense captions state everything that is needed to redraw the objects, sparse ones are fragments like the alternative
 texts of web pages: the contrast behind the paper's "high-informative data" (section 2.4).
+
+    python -m train.data.scenes OUT --count 4000 --size 64 --aspects
+
+writes such pictures as files, for everything that starts from a folder of images.
 """
 
+import argparse
+import json
+import sys
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
+from PIL import Image
+from tqdm import tqdm
 
+from pixart_fast.aspect import BUCKETS
 from pixart_fast.embedded import IMAGE_SIZE
+from train.settings import UserError
 
 CELL_SIZE = IMAGE_SIZE // 2
 JITTER = 1  # pixels, either way
@@ -31,6 +44,7 @@ BACKGROUNDS = {"black": (15, 15, 15), "grey": (128, 128, 128), "white": (245, 24
 SHAPES = ("circle", "square", "triangle", "cross")
 SIZES = {"small": 4.75, "large": 7.0}  # half the side of the bounding box, in pixels
 CELLS = ("top left", "top right", "bottom left", "bottom right")
+CLASSES = tuple(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES)
 
 # Each shape and four of the six colours lose one combination: both halves of a held-out pair are learned elsewhere.
 HELD_OUT_PAIRS = frozenset({("red", "triangle"), ("green", "circle"), ("blue", "cross"), ("yellow", "square")})
@@ -78,6 +92,11 @@ class Scene:
     wording: int = 0
 
     @property
+    def label(self) -> int:
+        """The class, by the first object: an index into `CLASSES`."""
+        return CLASSES.index(f"{self.objects[0].colour} {self.objects[0].shape}")
+
+    @property
     def relation(self) -> str:
         """How the first object lies to the second: "to the left of", "to the right of", "above" or "below"."""
         (row, column), (other_row, other_column) = (divmod(CELLS.index(item.cell), 2) for item in self.objects)
@@ -114,7 +133,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class SceneBatch:
-    """`images` fp32 `[B, 3, 32, 32]` in [-1, 1]; B `captions` and B `scenes`."""
+    """`images` fp32 `[B, 3, H, W]` in [-1, 1]; B `captions` and B `scenes`."""
 
     images: torch.Tensor
     captions: list[str]
@@ -144,8 +163,11 @@ class Scenes:
             raise ValueError(f"max_objects must be 1 or 2, not {max_objects!r}")
         self.seed, self.captions, self.split, self.max_objects = seed, captions, split, max_objects
 
-    def batch(self, indices) -> SceneBatch:
-        """Draw the samples `indices` (integers >= 0 in any order: a list, a range, an array or tensor `[B]`)."""
+    def batch(self, indices, height: int = IMAGE_SIZE, width: int = IMAGE_SIZE) -> SceneBatch:
+        """Draw the samples `indices` (integers >= 0 in any order: a list, a range, an array or tensor `[B]`).
+
+        The canvas changes neither scene nor caption. ValueError where `draw` has none of that size.
+        """
         indices = np.asarray(indices, dtype=np.uint64).reshape(-1)
         drawn = self._draw(indices)
         scenes = [_scene(row) for row in drawn.tolist()]
@@ -153,7 +175,7 @@ class Scenes:
         if self.captions == "mixed":
             dense = drawn["is_dense"] == 1
         captions = [scene.dense() if full else scene.sparse() for scene, full in zip(scenes, dense, strict=True)]
-        return SceneBatch(draw(scenes), captions, scenes)
+        return SceneBatch(draw(scenes, height, width), captions, scenes)
 
     def _draw(self, indices: np.ndarray) -> np.ndarray:
         """Attributes of the samples as a structured array `[B]`: the first attempt that belongs to the split."""
@@ -261,30 +283,108 @@ def _signed_distance(shape: str, x: np.ndarray, y: np.ndarray, radius: float) ->
     return np.minimum(upright, level)
 
 
-def coverage(shape: str, size: str, x: float, y: float) -> np.ndarray:
-    """How much of each pixel the shape centred on (x, y) covers: fp32 `[32, 32]` in [0, 1]."""
-    centres = np.arange(IMAGE_SIZE) + 0.5
-    distance = _signed_distance(shape, centres[None, :] - x, centres[:, None] - y, SIZES[size])
+def coverage(
+    shape: str, size: str, x: float, y: float, height: int = IMAGE_SIZE, width: int = IMAGE_SIZE, scale: float = 1.0
+) -> np.ndarray:
+    """How much of each pixel the shape centred on (x, y), `scale` times its size, covers: fp32 `[H, W]` in [0, 1]."""
+    columns, rows = np.arange(width) + 0.5, np.arange(height) + 0.5
+    distance = _signed_distance(shape, columns[None, :] - x, rows[:, None] - y, SIZES[size] * scale)
     return np.clip(0.5 - distance, 0, 1).astype(np.float32)
 
 
-@cache
-def _placed_coverage(shape: str, size: str, cell: str, offset: tuple[int, int]) -> torch.Tensor:
-    row, column = divmod(CELLS.index(cell), 2)
-    x, y = (column + 0.5) * CELL_SIZE + offset[0], (row + 0.5) * CELL_SIZE + offset[1]
-    return torch.from_numpy(coverage(shape, size, x, y))
+@lru_cache(maxsize=1024)  # 72 to a canvas
+def _cell_coverage(shape: str, size: str, offset: tuple[int, int], height: int, width: int) -> torch.Tensor:
+    """The coverage within a cell `[height, width]`; next to nothing of an object lies beyond."""
+    scale = min(height, width) / CELL_SIZE
+    x, y = width / 2 + offset[0] * scale, height / 2 + offset[1] * scale
+    return torch.from_numpy(coverage(shape, size, x, y, height, width, scale))
 
 
-def draw(scenes: list[Scene]) -> torch.Tensor:
-    """Pictures of the scenes: fp32 `[B, 3, 32, 32]` in [-1, 1]."""
-    images = _rgb([BACKGROUNDS[scene.background] for scene in scenes]).expand(-1, 3, IMAGE_SIZE, IMAGE_SIZE).clone()
+def draw(scenes: list[Scene], height: int = IMAGE_SIZE, width: int = IMAGE_SIZE) -> torch.Tensor:
+    """Pictures of the scenes: fp32 `[B, 3, H, W]` in [-1, 1]. ValueError unless both sides are even and at least 16."""
+    if min(height, width) < 16 or height % 2 or width % 2:
+        raise ValueError(f"scenes are drawn on canvases of even sides from 16 pixels on, not {height}x{width}.")
+    images = _rgb([BACKGROUNDS[scene.background] for scene in scenes]).expand(-1, 3, height, width).clone()
+    cell = (height // 2, width // 2)
     for place in range(max((len(scene.objects) for scene in scenes), default=0)):
         rows = [row for row, scene in enumerate(scenes) if len(scene.objects) > place]
         objects = [scenes[row].objects[place] for row in rows]
-        masks = torch.stack([_placed_coverage(item.shape, item.size, item.cell, item.offset) for item in objects])
-        images[rows] = torch.lerp(images[rows], _rgb([COLOURS[item.colour] for item in objects]), masks[:, None])
+        masks = torch.zeros(len(rows), 2, cell[0], 2, cell[1])
+        for mask, item in zip(masks, objects, strict=True):
+            row, column = divmod(CELLS.index(item.cell), 2)
+            mask[row, :, column] = _cell_coverage(item.shape, item.size, item.offset, *cell)
+        colours = _rgb([COLOURS[item.colour] for item in objects])
+        images[rows] = torch.lerp(images[rows], colours, masks.view(len(rows), 1, height, width))
     return images
 
 
 def _rgb(colours: list[tuple[int, int, int]]) -> torch.Tensor:
     return torch.tensor(colours, dtype=torch.float32).reshape(-1, 3, 1, 1) / 127.5 - 1
+
+
+ENLARGED = 1.5  # exported pictures are larger than what is learned from them, as photographs are
+UNEVEN = 0.04  # by how much their sides deviate, so that cropping has something to cut off
+
+
+def export(scenes: Scenes, folder: Path, count: int, size: int, *, aspects: bool = False, classes: bool = False):
+    """Write the first `count` scenes as PNGs into a new folder; the same arguments give the same bytes.
+
+    Beside them lies `metadata.jsonl` with file_name and text, the layout of Hugging Face's imagefolder; with `classes`
+    each is in a folder named after its class instead, as in ImageNet. Their sides are about 1.5 times `size`, or with
+    `aspects` a random one of its buckets, and no multiples of 8.
+
+    Raises UserError for a size without buckets or a folder that is not empty, OSError where it cannot be written.
+    """
+    if aspects and size not in BUCKETS:
+        raise UserError(f"there are no aspect-ratio buckets for {size} px: choose from {', '.join(map(str, BUCKETS))}.")
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(f"{folder} is not empty: name a new folder.")
+    folder.mkdir(parents=True, exist_ok=True)
+    sizes = list(BUCKETS[size].values()) if aspects else [(size, size)]
+    lines = []
+    for index in tqdm(range(count), unit="img", desc=str(folder), dynamic_ncols=True):
+        generator = np.random.Generator(np.random.Philox(key=[scenes.seed, index]))
+        chosen = sizes[int(generator.random() * len(sizes))]
+        batch = scenes.batch([index], *(_photographed(side, generator.random()) for side in chosen))
+        (scene,), (caption,) = batch.scenes, batch.captions
+        name = f"{index:06d}.png"
+        if classes:
+            name = f"{CLASSES[scene.label].replace(' ', '_')}/{name}"
+            (folder / name).parent.mkdir(exist_ok=True)
+        pixels = ((batch.images[0] + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
+        Image.fromarray(pixels).save(folder / name)
+        lines.append(json.dumps({"file_name": name, "text": caption}) + "\n")
+    if not classes:
+        (folder / "metadata.jsonl").write_text("".join(lines))
+
+
+def _photographed(side: int, fraction: float) -> int:
+    """An even length near 1.5 times the side that does not divide by 8."""
+    pixels = 2 * round(side * ENLARGED * (1 + UNEVEN * (2 * fraction - 1)) / 2)
+    return pixels if pixels % 8 else pixels + 2
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m train.data.scenes",
+        description="Write captioned scenes of the training split as PNGs, to extract features from.",
+    )
+    parser.add_argument("out", type=Path, help="a new folder")
+    parser.add_argument("--count", type=int, default=4000)
+    parser.add_argument("--size", type=int, default=IMAGE_SIZE, help="resolution that they are meant for (%(default)s)")
+    parser.add_argument("--aspects", action="store_true", help="in all of its aspect ratios, not only squares")
+    parser.add_argument("--captions", choices=["dense", "sparse", "mixed"], default="dense")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--classes", action="store_true", help="a folder to a class, as ImageNet has, and no captions")
+    args = parser.parse_args(argv)
+    try:
+        scenes = Scenes(args.seed, captions=args.captions)
+        export(scenes, args.out, args.count, args.size, aspects=args.aspects, classes=args.classes)
+    except (UserError, ValueError, OSError) as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
