@@ -101,6 +101,9 @@ def test_gives_back_what_was_written(tmp_path, captions, std):
         assert store.buckets[key].tolist() == list(range(place, 25, 3))
     assert store.null_caption is None if not captions else store.null_caption.shape == (1, 8)
     assert (tmp_path / "store/left_out.jsonl").read_text() == '{"key": "bad.jpg", "reason": "no picture"}\n'
+    (tmp_path / "plain").touch()
+    modes = {path.stat().st_mode for path in (tmp_path / "store").rglob("*.*")}
+    assert modes == {(tmp_path / "plain").stat().st_mode}, "others may read it"
     for wrong in (-1, 25):
         with pytest.raises(IndexError):
             store.read(wrong)

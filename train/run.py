@@ -120,17 +120,7 @@ class Run:
         batches = iter(steps)
         while True:
             begin = time.perf_counter()
-            try:
-                prepared = next(batches, None)
-            except RuntimeError as error:
-                if "DataLoader worker" not in str(error):
-                    raise
-                died = UserError(
-                    f"a loader worker died ({str(error).split('. ')[0]}), of memory perhaps: go on with the same "
-                    "command, with fewer data.workers= if it happens again; the checkpoints are untouched."
-                )
-                died.one_process = True
-                raise died from error
+            prepared = next(batches, None)
             monitor.waited(time.perf_counter() - begin)
             if prepared is None:
                 return
@@ -335,6 +325,22 @@ class Run:
         monitor.say(f"done: {settings.output / 'report.md'}, weights in {final}")
 
 
+def loss_of_a_process(message: str) -> str | None:
+    """What to say where an error means that another process died, else None. Checkpoints are untouched by that."""
+    if "DataLoader worker (pid" in message:  # raised by a signal's handler, wherever the loop is
+        return (
+            f"a loader worker died ({message.split('. ')[0].strip()}), of memory perhaps: the same command goes on "
+            "from the last checkpoint, with fewer data.workers= if it happens again."
+        )
+    if any(words in message for words in LOST):
+        rank = os.environ.get("RANK", "0")
+        return (
+            f"process {rank} lost another one ({message.splitlines()[0][-120:]}): see what that one said last; the "
+            "same command goes on from the last checkpoint."
+        )
+    return None
+
+
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="deepspeed train/run.py",
@@ -368,15 +374,10 @@ def main(arguments: list[str]) -> int:
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
     except RuntimeError as error:  # NCCL's DistBackendError is one, too
-        if not any(words in str(error) for words in LOST):
+        told = loss_of_a_process(str(error))
+        if told is None:
             raise
-        rank = os.environ.get("RANK", "0")
-        print(
-            f"error: process {rank} lost another one ({str(error).splitlines()[0][-120:]}): see what that one said "
-            "last; the same command goes on from the last checkpoint.",
-            file=sys.stderr,
-            flush=True,
-        )
+        print(f"error: {told}", file=sys.stderr, flush=True)
         return 3
     finally:
         if dist.is_initialized():

@@ -167,7 +167,7 @@ def extract(
     """
     tasks = begin(raw, store, encoders, shard_size)
     notes = {task.number: note for task in tasks if (note := finished(store, task.number)) is not None}
-    pending = tasks
+    pending = [task for task in tasks if task.number not in notes]
     total, bad = len(raw.entries) + len(raw.left_out), {}
 
     def tally(left_out: dict[str, str]) -> None:
