@@ -626,6 +626,10 @@ def check_learning_rate(settings: Mapping[str, Any]) -> Iterator[Finding]:
     if batch < 1:
         raise ValueError(f"batch_size is {settings['batch_size']!r}: a step takes one picture at least.")
     found = f"{lr:g} at {batch:g} pictures a step, taken as it is"
+    if settings.get("optimizer.lr_rule") == "sqrt":
+        factor = math.sqrt(batch / BASE_BATCH)
+        found = f"{lr:g} · √({batch:g}/{BASE_BATCH}) = {lr * factor:.3g} at {batch:g} pictures a step"
+        lr *= factor
     if not is_xl(settings):
         yield Finding(OK, subject, found, words="Smaller models take larger ones; the papers train XL alone.")
         return

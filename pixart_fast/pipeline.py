@@ -425,7 +425,7 @@ class PixArtPipeline:
         if not self.transformer.use_additional_conditions:
             return None
         ratio = size[0] / size[1]
-        if self.recipe.micro_conditions == "bucket" and self.default_size[0] in BUCKETS:
+        if self.recipe.micro_conditions != "exact" and self.default_size[0] in BUCKETS:
             ratio = float(nearest(ratio, self.default_size[0])[0])
         resolution = torch.tensor([size], dtype=torch.float32, device=self.device).expand(count, -1)
         return {

@@ -28,8 +28,10 @@ class Recipe(BaseModel):
                      empty prompt (diffusers, Σ), or "checkpoint", the embedding that α checkpoints carry
     null_mask        how many of its tokens count: "own", as many as it has, or "cond", as many as the prompt's
                      (the official α code keeps the caption's mask when it drops the caption)
-    micro_conditions what a model with micro-conditions is told of a picture's aspect ratio: the key of its "bucket",
-                     rounded, as in the official training, or the "exact" ratio, as diffusers' pipeline does
+    micro_conditions what a model with micro-conditions was told in training: a picture's "original" height and width
+                     with the key of its bucket, rounded, for the aspect ratio (the official training); the "bucket"'s
+                     own height and width with that key; or these with their "exact" ratio. Generation tells the sizes
+                     of what it paints, and the ratio exactly (as diffusers' pipeline does) for the last alone
     clean, keep_cjk  the published cleaning of captions; it drops Chinese, Japanese and Korean signs unless told not to
     """
 
@@ -41,7 +43,7 @@ class Recipe(BaseModel):
     keep_cjk: bool
     null: Literal["t5_empty", "checkpoint"] = "t5_empty"
     null_mask: Literal["own", "cond"] = "own"
-    micro_conditions: Literal["bucket", "exact"] = "bucket"
+    micro_conditions: Literal["original", "bucket", "exact"] = "original"
     guidance: float | None = None  # None: the sampler's own
 
     def save(self, folder: Path) -> None:

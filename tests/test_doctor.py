@@ -435,6 +435,9 @@ def test_the_effective_learning_rate_is_that_of_the_official_code(tmp_path, caps
     printed = " ".join(capsys.readouterr().out.split())
     assert "2e-05 at 2 pictures a step" in printed and "2e-05 by the paper, 1.77e-06 by the official code" in printed
     assert "0.000133 at 11264, 6.32e-05 at 2560, 2.45e-05 at 384" in printed
+    (tmp_path / "train.yaml").write_text("optimizer: {lr: 2e-5, lr_rule: sqrt}\nbatch_size: 11264")
+    assert doctor.main(["--config", str(tmp_path / "train.yaml")]) == 0
+    assert "2e-05 · √(11264/256) = 0.000133 at 11264" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize("config", sorted((ROOT / "train" / "configs").glob("*.yaml")), ids=lambda path: path.name)

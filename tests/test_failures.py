@@ -87,6 +87,17 @@ def test_a_step_takes_one_bucket_on_all_processes(store, tmp_path, whole):
     torch.testing.assert_close(losses(tmp_path / "run"), losses(whole), rtol=1e-5, atol=0)
 
 
+def test_pictures_encoded_in_the_loader_train_bit_for_bit_as_their_features(store, model, tmp_path):
+    common = ("steps=8", "checkpoint_every=8")
+    finished(*settings(store, tmp_path / "features", *common))
+    images = ("data.source=images", f"data.images={store.parent / 'pictures'}", f"data.encoders={model}")
+    images += ("data.resolution=64", "data.multi_aspect=true", f"output={tmp_path / 'images'}")
+    finished(*PLAIN[1:], *images, *common)
+    assert losses(tmp_path / "images") == losses(tmp_path / "features")
+    code, said = run("steps=2", "data.source=images", f"output={tmp_path / 'other'}")
+    assert code == 2 and "needs data.images=, data.encoders=, data.resolution= as well" in said
+
+
 def copied(store: Path, to: Path) -> Path:
     shutil.copytree(store, to)
     return to

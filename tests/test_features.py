@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from bench.loader import demand, write_store
+from bench.loader import demand
 from pixart_fast.aspect import BUCKETS
 from pixart_fast.recipe import read_recipe
 from train.data.features import FeaturesSource
 from train.data.source import Steps, load_steps
 from train.data.store import FeatureStore, Sample
+from train.data.throughput import write_store
 from train.settings import DEFAULT, UserError, load_settings
 
 CHANNELS, WIDTH = 4, 6

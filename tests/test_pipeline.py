@@ -227,13 +227,13 @@ def test_low_memory_gives_the_same_picture_and_frees_what_has_had_its_turn(alpha
     assert set(pictures.seconds) == {"text", "denoise", "decode"} and pictures.peak_bytes > 1e8
 
 
-@pytest.mark.parametrize("convention", ["bucket", "exact"])
+@pytest.mark.parametrize("convention", ["original", "bucket", "exact"])
 def test_micro_conditions(tmp_path, convention, monkeypatch):
     published.save(tmp_path, sample_size=128, use_additional_conditions=True, num_layers=1)
     pipeline = load(tmp_path, recipe={"micro_conditions": convention})
     given = pipeline.micro_conditions((512, 1984), 2)
     assert given["resolution"].tolist() == [[512.0, 1984.0]] * 2
-    ratio = 0.26 if convention == "bucket" else 512 / 1984
+    ratio = 512 / 1984 if convention == "exact" else 0.26
     torch.testing.assert_close(given["aspect_ratio"], torch.full((2, 1), ratio))
     assert pipeline.default_size == (1024, 1024) and (512, 1984) in pipeline.sizes()
 

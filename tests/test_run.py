@@ -13,7 +13,8 @@ import torch
 from diffusers import PixArtTransformer2DModel
 from PIL import Image
 
-from pixart_fast import Transformer
+from pixart_fast import DiT, Transformer
+from pixart_fast.checkpoint import save_official
 from tests.runs import ROOT, Processes, allow_fp16, finished, free_port, run
 from train.data.source import ScenesSource
 from train.settings import load_settings
@@ -117,7 +118,8 @@ def test_run_folder_is_what_readme_promises(tmp_path):
     rows = metrics(output)
     assert [row["step"] for row in rows] == [2, 4, 6]
     assert rows[0].keys() >= {
-        "step", "loss", "mse", "vb", "grad_norm", "lr", "images_per_second", "peak_memory", "mfu", "seconds",
+        "step", "loss", "mse", "vb", "grad_norm", "lr", "mse_by_timestep", "images", "images_per_second", "data_wait",
+        "peak_memory", "mfu", "seconds", "gpu_days", "dollars", "kg_co2",
     }  # fmt: skip
     assert all(math.isfinite(row["loss"]) and row["grad_norm"] > 0 and row["images_per_second"] > 0 for row in rows)
     assert rows[0]["mfu"] is None  # a CPU's peak is not on a data sheet
@@ -126,13 +128,12 @@ def test_run_folder_is_what_readme_promises(tmp_path):
     assert {"background", "colour", "binding"} <= report["accuracy"]["seen"].keys() & report["accuracy"][
         "held_out"
     ].keys()
-    for name in ("samples/step_00000003.png", "samples/final.png", "loss.png", "accuracy.png"):
+    pictures = ("loss.png", "timesteps.png", "accuracy.png", "samples/final.png", "samples/progress.png")
+    for name in pictures:
         with Image.open(output / name) as picture:
             assert min(picture.size) > 100 and len(picture.convert("RGB").getcolors(1 << 24)) > 2, name
     page = (output / "report.md").read_text()
-    assert all(
-        f"({name})" in page and (output / name).is_file() for name in ("loss.png", "accuracy.png", "samples/final.png")
-    )
+    assert all(f"({name})" in page for name in pictures)
     assert list((output / "tensorboard").glob("events*"))
 
     ours = Transformer.from_pretrained(output / "final")
@@ -246,3 +247,34 @@ def test_help_teaches():
         [sys.executable, "train/run.py", "--help"], cwd=ROOT, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0 and "key=value" in done.stdout and "zero_stage=2" in done.stdout
+
+
+def test_a_dit_trains_and_starts_a_transformer(plain, tmp_path):
+    """Stage 1 and what stage 2 makes of it: the same function at t = 500, while cross-attention is at its zeros."""
+    dit, output = tmp_path / "dit", tmp_path / "run"
+    finished("steps=5", "model.kind=dit", "zero_stage=2", f"output={dit}", processes=2)
+    alone = tmp_path / "alone"
+    finished("steps=5", "model.kind=dit", f"output={alone}")
+    torch.testing.assert_close(losses(dit), losses(alone), rtol=1e-5, atol=0)
+    report = json.loads((dit / "report.json").read_text())
+    assert report["accuracy"].keys() == {"classes"}
+    teacher = DiT.from_file(dit / "final" / "dit.pt", num_heads=2)
+    assert teacher.y_embedder.num_classes == 24
+    settings = load_settings(plain / "config.yaml", [f"init_from={dit / 'final'}"])
+    student = build_model(settings, ScenesSource(settings.data, settings.seed)).eval()
+    latents, t = torch.randn(2, 8, 4, 4), torch.full((2,), 500)
+    with torch.no_grad():
+        expected = teacher(latents, t, torch.full((2,), 24))
+        got = student(latents, torch.zeros(2, 1, 256), t).sample
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    finished("steps=2", f"init_from={dit / 'final'}", f"output={output}")
+    code, said = run("steps=1", f"init_from={dit / 'final'}", "model.modulation=adaln", f"output={tmp_path / 'other'}")
+    assert code == 2 and "choose model.modulation=adaln_single" in said and "Traceback" not in said
+
+
+def test_starts_from_an_official_file(plain, tmp_path):
+    model = Transformer.from_pretrained(plain / "final")
+    save_official(model, tmp_path / "official.pth")
+    settings = load_settings(plain / "config.yaml", [f"init_from={tmp_path / 'official.pth'}"])
+    started = build_model(settings, ScenesSource(settings.data, settings.seed)).state_dict()
+    assert all(torch.equal(tensor, started[name]) for name, tensor in model.state_dict().items())

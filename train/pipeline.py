@@ -96,9 +96,7 @@ def train(chain: Chain, launcher: list[str], configs: list[Path], overrides: lis
             print(f"{stage.name} is finished: {folder / 'report.md'}", flush=True)
             continue
         begin = time.time()
-        for line in stage.prepare:
-            words = [sys.executable if word == "python" else word for word in shlex.split(line)]
-            run([word.replace("{output}", str(chain.output)) for word in words], f"{stage.name}: {line}")
+        prepare(chain, stage)
         prepared = time.time()
         run(command(chain, place, launcher, configs, overrides), f"stage {stage.name}")
         if not (folder / "report.json").is_file():  # stopped on request
@@ -109,6 +107,19 @@ def train(chain: Chain, launcher: list[str], configs: list[Path], overrides: lis
             (folder / "aspects.json").write_text(json.dumps(accuracy, indent=1) + "\n")
         note = {"prepare_seconds": prepared - begin, "seconds": time.time() - prepared}
         (folder / "stage.json").write_text(json.dumps(note) + "\n")
+
+
+def prepare(chain: Chain, stage: Stage) -> None:
+    """The stage's own commands that have not succeeded yet; `NAME.prepared` remembers which have."""
+    record = chain.output / f"{stage.name}.prepared"
+    done = record.read_text().splitlines() if record.is_file() else []
+    for line in stage.prepare:
+        if line in done:
+            continue
+        words = [sys.executable if word == "python" else word for word in shlex.split(line)]
+        run([word.replace("{output}", str(chain.output)) for word in words], f"{stage.name}: {line}")
+        with record.open("a") as file:
+            file.write(f"{line}\n")
 
 
 def paint_aspects(folder: Path, components: Path, count: int) -> dict[str, dict[str, float]]:

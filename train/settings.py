@@ -53,14 +53,20 @@ class Model(Section):
 class Data(Section):
     """What it learns from. `workers` processes prepare batches ahead; 0 prepares them in the training process.
 
-    source: "scenes" are drawn on the fly; "features" are a folder `store` that `python -m train.data.extract` made.
+    source: "scenes" are drawn on the fly; "features" are a folder `store` that `python -m train.data.extract` made;
+    "images" are what it would read, encoded in the loader by the model folder `encoders`, on the CPU, to the same bits:
+    for small sets.
     token_budget: image tokens of a step over all processes, instead of batch_size pictures whatever their bucket.
     null_mask: a dropped caption leaves the empty one with its "own" tokens, or as many as the caption had ("cond", as
     published).
     """
 
-    source: Literal["scenes", "features"] = "scenes"
+    source: Literal["scenes", "features", "images"] = "scenes"
     store: Path | None = None
+    images: Path | None = None
+    encoders: Path | None = None
+    resolution: PositiveInt | None = None
+    multi_aspect: bool = False
     token_budget: PositiveInt | None = None
     null_mask: Literal["own", "cond"] = "own"
     captions: Literal["dense", "sparse", "mixed"] = "dense"

@@ -15,10 +15,12 @@ from pixart_fast.checkpoint import load_transformer, reparameterize
 from pixart_fast.config import transformer_config
 from pixart_fast.engine import compile_blocks, recompute_pointwise
 from pixart_fast.weights import AVERAGED, TRAINED, read_weights
+from train.data.encode import Encoders, OnlineStore
 from train.data.features import FeaturesSource
+from train.data.raw import open_raw
 from train.data.source import ScenesSource, Source
 from train.data.store import FeatureStore
-from train.settings import Settings, UserError, changed_keys, flatten, load_settings
+from train.settings import Data, Settings, UserError, changed_keys, flatten, load_settings
 
 DIT = "dit.pt"  # in the final/ of a run that trained one
 
@@ -96,12 +98,10 @@ def build_source(settings: Settings, processes: int) -> Source:
         if settings.model.micro_conditions != "none":
             raise UserError("scenes have one size: leave model.micro_conditions at none.")
         return ScenesSource(data, settings.seed, settings.batch_size, classes=classes)
-    if data.store is None:
-        raise UserError("data.source=features needs data.store=FOLDER, which `python -m train.data.extract` makes.")
-    store = FeatureStore(data.store)
+    store = open_store(data)
     if classes != (store.manifest.classes is not None):
         raise UserError(
-            f"{data.store} holds {'classes' if store.manifest.classes else 'captions'}: choose "
+            f"{data.store or data.images} holds {'classes' if store.manifest.classes else 'captions'}: choose "
             f"model.kind={'dit' if store.manifest.classes else 'pixart'} for it."
         )
     return FeaturesSource(
@@ -114,6 +114,20 @@ def build_source(settings: Settings, processes: int) -> Source:
         micro_conditions=settings.model.micro_conditions,
         null_mask=data.null_mask,
     )
+
+
+def open_store(data: Data) -> FeatureStore | OnlineStore:
+    """Features, or pictures that become them in the loader. Raises UserError."""
+    if data.source == "features":
+        if data.store is None:
+            raise UserError("data.source=features needs data.store=FOLDER, which `python -m train.data.extract` makes.")
+        return FeatureStore(data.store)
+    missing = [key for key in ("images", "encoders", "resolution") if getattr(data, key) is None]
+    if missing:
+        raise UserError(f"data.source=images needs {', '.join(f'data.{key}=' for key in missing)} as well.")
+    raw = open_raw(data.images)
+    options = {"resolution": data.resolution, "multi_aspect": data.multi_aspect, "classes": raw.classes is not None}
+    return OnlineStore(raw, Encoders(data.encoders, **options))
 
 
 def new_model(settings: Settings, source: Source) -> Transformer | DiT:

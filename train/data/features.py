@@ -154,6 +154,6 @@ class FeaturesSource:
             keep_cjk=text.get("keep_cjk", True),
             null=self.null,
             null_mask=self.null_mask,
-            micro_conditions="exact" if self.micro_conditions == "exact" else "bucket",
+            **({} if self.micro_conditions == "none" else {"micro_conditions": self.micro_conditions}),
             guidance=settings.sampling.guidance,
         ).save(folder)
