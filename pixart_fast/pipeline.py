@@ -168,7 +168,8 @@ class PixArtPipeline:
         base = self.default_size[0]
         if base not in BUCKETS:
             return [self.default_size]
-        return list(BUCKETS[base].values())
+        unit = self.vae.downsample * self.transformer.config.patch_size
+        return [size for size in BUCKETS[base].values() if not (size[0] % unit or size[1] % unit)]
 
     def __call__(
         self,

@@ -1,10 +1,14 @@
+import copy
 import re
 
 import pytest
 import torch
 
+from pixart_fast.aspect import BUCKETS
 from pixart_fast.embedded import Autoencoder
 from train.data import autoencoder
+from train.data.autoencoder import WEIGHTS_64
+from train.data.encode import Encoders
 from train.data.scenes import Scene, SceneObject, Scenes, draw
 
 
@@ -115,3 +119,34 @@ def test_wrong_shapes_are_named(shipped):
     for shape in ((1, 4, 8, 8), (8, 4, 4)):
         with pytest.raises(ValueError, match=re.escape(str(list(shape)))):
             shipped.decode(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("size", BUCKETS[64].values())
+def test_the_oracle_reads_decoded_pictures_of_64_px(size):
+    rates = autoencoder.reconstruction_score(Autoencoder.load(WEIGHTS_64), "held_out", 256, *size)
+    assert min(rates.values()) >= 0.95, rates
+
+
+def test_both_weights_have_one_encoder(shipped):
+    """So features of one are features of the other."""
+    other = Autoencoder.load(WEIGHTS_64).state_dict()
+    differ = {
+        name.partition(".")[0] for name, tensor in shipped.state_dict().items() if not torch.equal(tensor, other[name])
+    }
+    assert differ == {"decoder"}
+
+
+def test_the_decoder_learns_alone(shipped):
+    model = autoencoder.train_decoder(copy.deepcopy(shipped), 2, batch=2)
+    before, after = shipped.state_dict(), model.state_dict()
+    changed = {name.partition(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"decoder"}
+
+
+def test_a_model_folder_to_extract_features_by(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["autoencoder", "--model-folder", str(tmp_path / "encoders")])
+    autoencoder.main()
+    encoders = Encoders(tmp_path / "encoders", resolution=64, multi_aspect=True)
+    encoders.load()
+    assert torch.equal(encoders.vae.model.decoder[0].weight, Autoencoder.load(WEIGHTS_64).decoder[0].weight)
+    assert encoders.null_caption.shape == (1, 256)

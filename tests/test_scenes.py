@@ -180,16 +180,15 @@ def test_export_by_class(tmp_path):
 MISTAKES = {
     "buckets": (["--size", "32", "--aspects"], "no aspect-ratio buckets for 32 px: choose from 64, 256"),
     "size": (["--size", "8"], "even sides from 16 pixels on"),
-    "folder": ([], "is not empty: name a new folder."),
+    "folder": ([], "exists already: name a new folder."),
 }
 
 
 @pytest.mark.parametrize("name", MISTAKES)
 def test_mistakes_of_an_export_are_one_sentence(name, tmp_path, capsys):
     arguments, message = MISTAKES[name]
-    if name == "folder":
-        (tmp_path / "a.png").touch()
-    assert main([str(tmp_path), *arguments]) == 2
+    out = tmp_path if name == "folder" else tmp_path / "new"
+    assert main([str(out), *arguments]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("python -m train.data.scenes: ") and message in error
 

@@ -65,10 +65,14 @@ def command(chain: Chain, place: int, launcher: list[str], configs: list[Path], 
     if place:
         given["init_from"] = chain.output / chain.stages[place - 1].name / "final"
     for key, value in stage.settings.items():
-        given[key] = yaml.safe_load(yaml.safe_dump(value).replace("{output}", str(chain.output)))
+        given[key] = _filled(value, chain)
     settings = [f"{key}={_flow(value)}" for key, value in given.items()]
     files = [part for file in (stage.config, *configs) for part in ("--config", str(file))]
     return [*launcher, "train/run.py", *files, *settings, *overrides]
+
+
+def _filled(value: Any, chain: Chain) -> Any:
+    return yaml.safe_load(yaml.safe_dump(value).replace("{output}", str(chain.output)))
 
 
 def _flow(value: Any) -> str:
@@ -102,8 +106,8 @@ def train(chain: Chain, launcher: list[str], configs: list[Path], overrides: lis
         if not (folder / "report.json").is_file():  # stopped on request
             raise UserError(f"stage {stage.name} was stopped: the same command goes on from there.")
         if stage.aspects:
-            before = chain.output / chain.stages[place - 1].name / "final"
-            accuracy = paint_aspects(folder, before, stage.aspects)
+            components = Path(_filled(stage.settings["sampling.components"], chain))
+            accuracy = paint_aspects(folder, components, stage.aspects)
             (folder / "aspects.json").write_text(json.dumps(accuracy, indent=1) + "\n")
         note = {"prepare_seconds": prepared - begin, "seconds": time.time() - prepared}
         (folder / "stage.json").write_text(json.dumps(note) + "\n")

@@ -20,7 +20,7 @@ from pixart_fast.text import T5Text
 from pixart_fast.vae import VAE
 from train.data.features import FeaturesSource
 from train.data.oracle import read, score
-from train.data.scenes import CLASSES
+from train.data.scenes import CLASSES, HELD_OUT_PAIRS
 from train.data.source import Probe, ScenesSource, Source
 from train.settings import Sampling, Settings, UserError
 
@@ -87,11 +87,12 @@ class CaptionedScenes:
 
 
 class ClassScenes:
-    """Every class in turn; right are the pictures in which the oracle finds an object of the class."""
+    """Every class that training shows in turn; right are the pictures in which the oracle finds an object of the class."""
 
     def __init__(self, source: ScenesSource, settings: Sampling, captions: int):
         self.source, self.settings = source, settings
-        self.labels = torch.arange(captions) % len(CLASSES)
+        taught = [CLASSES.index(name) for name in CLASSES if tuple(name.split()) not in HELD_OUT_PAIRS]
+        self.labels = torch.tensor(taught * (captions // len(taught) + 1))[:captions]
         self.captions = [CLASSES[label] for label in self.labels.tolist()]
 
     def paint(self, model: DiT) -> tuple[Tensor, Accuracy]:

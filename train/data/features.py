@@ -8,13 +8,12 @@ from typing import Literal, get_args
 
 import numpy as np
 import torch
-from diffusers import DPMSolverMultistepScheduler
 from torch import Tensor
 
 from pixart_fast.aspect import BUCKETS
 from pixart_fast.recipe import PUBLISHED, Recipe
 from train.data.buckets import BucketBatches, rows_by_tokens
-from train.data.source import Rows
+from train.data.source import Rows, save_schedule
 from train.data.store import FeatureStore, Sample
 from train.settings import Settings, UserError
 
@@ -139,10 +138,7 @@ class FeaturesSource:
     def save(self, folder: Path, settings: Settings) -> None:
         """The schedule, and a recipe of what the model was told. Text encoder and autoencoder are not written: they
         lie where the extraction found them."""
-        steps = settings.diffusion.num_timesteps
-        DPMSolverMultistepScheduler(
-            num_train_timesteps=steps, beta_start=0.1 / steps, beta_end=20 / steps, beta_schedule="linear"
-        ).save_pretrained(folder / "scheduler")
+        save_schedule(folder, settings.diffusion)
         if self.caption_channels is None:
             return
         text = self.store.manifest.encoders["text"]

@@ -14,6 +14,7 @@ writes such pictures as files, for everything that starts from a folder of image
 
 import argparse
 import json
+import shutil
 import sys
 from dataclasses import dataclass
 from functools import lru_cache
@@ -327,7 +328,8 @@ UNEVEN = 0.04  # by how much their sides deviate, so that cropping has something
 
 
 def export(scenes: Scenes, folder: Path, count: int, size: int, *, aspects: bool = False, classes: bool = False):
-    """Write the first `count` scenes as PNGs into a new folder; the same arguments give the same bytes.
+    """Write the first `count` scenes as PNGs into a new folder, which is there whole or not at all; the same arguments
+    give the same bytes.
 
     Beside them lies `metadata.jsonl` with file_name and text, the layout of Hugging Face's imagefolder; with `classes`
     each is in a folder named after its class instead, as in ImageNet. Their sides are about 1.5 times `size`, or with
@@ -337,12 +339,14 @@ def export(scenes: Scenes, folder: Path, count: int, size: int, *, aspects: bool
     """
     if aspects and size not in BUCKETS:
         raise UserError(f"there are no aspect-ratio buckets for {size} px: choose from {', '.join(map(str, BUCKETS))}.")
-    if folder.exists() and any(folder.iterdir()):
-        raise UserError(f"{folder} is not empty: name a new folder.")
-    folder.mkdir(parents=True, exist_ok=True)
+    if folder.exists():
+        raise UserError(f"{folder} exists already: name a new folder.")
+    target, folder = folder, folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
     sizes = list(BUCKETS[size].values()) if aspects else [(size, size)]
     lines = []
-    for index in tqdm(range(count), unit="img", desc=str(folder), dynamic_ncols=True):
+    for index in tqdm(range(count), unit="img", desc=str(target), dynamic_ncols=True):
         generator = np.random.Generator(np.random.Philox(key=[scenes.seed, index]))
         chosen = sizes[int(generator.random() * len(sizes))]
         batch = scenes.batch([index], *(_photographed(side, generator.random()) for side in chosen))
@@ -356,6 +360,7 @@ def export(scenes: Scenes, folder: Path, count: int, size: int, *, aspects: bool
         lines.append(json.dumps({"file_name": name, "text": caption}) + "\n")
     if not classes:
         (folder / "metadata.jsonl").write_text("".join(lines))
+    folder.rename(target)
 
 
 def _photographed(side: int, fraction: float) -> int:

@@ -5,7 +5,6 @@ counter-based generator keyed by the run's seed and the sample's number in the r
 whatever the number of processes, accumulation steps or loader workers, and a resumed run needs no random state.
 """
 
-import json
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -16,8 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from pixart_fast.embedded import Autoencoder, HashedText
-from pixart_fast.recipe import Recipe
-from train.data.autoencoder import WEIGHTS
+from train.data.autoencoder import WEIGHTS, save_encoders, save_vae
 from train.data.scenes import CLASSES, Scene, Scenes
 from train.settings import Data, Diffusion, Settings, UserError
 
@@ -123,24 +121,19 @@ class ScenesSource:
         return self.autoencoder.decode(latents.float().cpu()).clamp(-1, 1)
 
     def save(self, folder: Path, settings: Settings) -> None:
-        vae = folder / "vae"
-        vae.mkdir(exist_ok=True)
-        (vae / "config.json").write_text(json.dumps({"_class_name": Autoencoder.__name__}) + "\n")
-        self.autoencoder.save(vae / Autoencoder.file_name)
-        steps = settings.diffusion.num_timesteps
-        DPMSolverMultistepScheduler(
-            num_train_timesteps=steps, beta_start=0.1 / steps, beta_end=20 / steps, beta_schedule="linear"
-        ).save_pretrained(folder / "scheduler")
-        if self.num_classes is not None:
-            return
-        self.text.save(folder / "text_encoder")
-        Recipe(
-            family="embedded",
-            max_tokens=self.text.max_tokens,
-            clean=False,
-            keep_cjk=True,
-            guidance=settings.sampling.guidance,
-        ).save(folder)
+        if self.num_classes is None:
+            save_encoders(folder, self.autoencoder, self.text, settings.sampling.guidance)
+        else:
+            save_vae(folder, self.autoencoder)
+        save_schedule(folder, settings.diffusion)
+
+
+def save_schedule(folder: Path, settings: Diffusion) -> None:
+    """`scheduler/` of a model folder: the linear betas that training used."""
+    steps = settings.num_timesteps
+    DPMSolverMultistepScheduler(
+        num_train_timesteps=steps, beta_start=0.1 / steps, beta_end=20 / steps, beta_schedule="linear"
+    ).save_pretrained(folder / "scheduler")
 
 
 def draw(settings: Diffusion, seed: int, number: int) -> tuple[int, float, np.random.Generator]:
