@@ -11,6 +11,8 @@ import hashlib
 import json
 import os
 import shutil
+import socket
+import tempfile
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -143,9 +145,27 @@ class Checkpoints:
             doomed = old.rename(self.folder / f".partial_{old.name}")
             shutil.rmtree(doomed)
 
+    def _require_shared(self) -> None:
+        """Every process writes its part here, and rank 0 makes a checkpoint of them: on all hosts it is one folder."""
+        output, name = self.folder.parent, [""]
+        if dist.get_rank() == 0:
+            handle, mark = tempfile.mkstemp(prefix=".partial_", dir=output)
+            os.close(handle)
+            name = [os.path.basename(mark)]
+        dist.broadcast_object_list(name)
+        blind = _first(None if (output / name[0]).exists() else socket.gethostname())
+        if dist.get_rank() == 0:
+            os.unlink(mark)
+        if blind:
+            raise UserError(
+                f"{output} is another folder on {blind} than on the first host: choose an output= on storage that all "
+                "hosts share, under the same path."
+            )
+
     def newest_sound(self) -> tuple[Path, dict[str, Any]] | None:
         """The newest checkpoint whose files match its manifest, or None. Rank 0 looks, and renames damaged ones to
         damaged_step_*, so that the run can write that step again."""
+        self._require_shared()
         found: list[Any] = [None]
         if dist.get_rank() == 0:
             for path in reversed(self.all()):

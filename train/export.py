@@ -57,7 +57,7 @@ def weights_of(checkpoint: Path, model: nn.Module, settings: Settings, average: 
     manifest = json.loads((checkpoint / MANIFEST).read_text())
     if manifest["zero_stage"]:
         shards = Shards(checkpoint / TAG, manifest["zero_stage"], manifest["processes"])
-        yield from shards.whole(AVERAGE if average and AVERAGE in shards.keys() else MASTERS)
+        yield from shards.whole(AVERAGE if average and AVERAGE in shards.kinds else MASTERS)
     else:
         saved = read_state(checkpoint / TAG / "mp_rank_00_model_states.pt")
         yield from _without_zero(saved, model, settings, average)

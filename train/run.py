@@ -62,9 +62,9 @@ class Run:
         precision = choose_precision(settings.precision, capability)
         self.source = build_source(settings, self.processes)
         tokens = (self.source.latent_size // settings.model.patch_size) ** 2
+        claim(settings, self.rank)  # as given: accumulation may follow from the number of processes
         settings = self.settings = settings.resolved(self.processes, tokens)
         config = deepspeed_config(settings, precision, self.processes)
-        claim(settings, self.rank)
         self.precision, self.dtype, self.capability = precision, DTYPES[precision], capability
         self.diffusion = GaussianDiffusion(settings.diffusion.num_timesteps)
         self.model = build_model(settings, self.source).to(self.device)

@@ -87,11 +87,11 @@ class CaptionedScenes:
 
 
 class ClassScenes:
-    """Every class that training shows in turn; right are the pictures in which the oracle finds an object of the class."""
+    """Every class that training shows, in turn. Right is a picture in which the oracle finds an object of its class."""
 
     def __init__(self, source: ScenesSource, settings: Sampling, captions: int):
         self.source, self.settings = source, settings
-        taught = [CLASSES.index(name) for name in CLASSES if tuple(name.split()) not in HELD_OUT_PAIRS]
+        taught = [label for label, name in enumerate(CLASSES) if tuple(name.split()) not in HELD_OUT_PAIRS]
         self.labels = torch.tensor(taught * (captions // len(taught) + 1))[:captions]
         self.captions = [CLASSES[label] for label in self.labels.tolist()]
 

@@ -150,7 +150,9 @@ class Settings(Section):
     zero_stage: Literal[0, 1, 2, 3] = 0
     offload: bool = False
     activation_checkpointing: bool | Literal["pointwise"] = Field(
-        False, description='whole blocks are computed again in the backward; "pointwise": all but their matrix products'
+        False,
+        description='whole blocks are computed again in the backward; "pointwise": all but their matrix products '
+        "(a DiT's whole blocks)",
     )
     compile: bool = False
     log_every: PositiveInt = 10

@@ -175,11 +175,7 @@ def build_model(settings: Settings, source: Source) -> Transformer | DiT:
             model.load_state_dict(_weights(settings, source))
     except (ValueError, RuntimeError, OSError) as error:
         raise UserError(" ".join(str(error).split())) from error
-    if settings.activation_checkpointing == "pointwise":
-        if settings.model.kind == "dit":
-            raise UserError(
-                "activation_checkpointing=pointwise is for model.kind=pixart: choose true, whole blocks, for a DiT."
-            )
+    if settings.activation_checkpointing == "pointwise" and settings.model.kind == "pixart":
         recompute_pointwise(model)
     elif settings.activation_checkpointing:
         model.enable_gradient_checkpointing()

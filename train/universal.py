@@ -78,6 +78,7 @@ class Shards:
 
     Attributes:
         groups: the parameters' shapes by name, by the groups in which they are laid out.
+        kinds: what there is of each parameter: "fp32", and after the first update "exp_avg", "exp_avg_sq", "ema".
 
     Raises UserError where the shards are not laid out as `deal` says.
     """
@@ -91,6 +92,8 @@ class Shards:
             self.base, self.masters = "optimizer_state_dict", "fp32_flat_groups"
         self.groups: list[dict[str, torch.Size]] = read_state(self.model_file)["param_shapes"]
         self.shards = [read_state(file)["optimizer_state_dict"] for file in self.files]
+        entry = self.shards[0][self.base]["state"].get(0, {})
+        self.kinds = [MASTERS, *(kind for kind, value in entry.items() if isinstance(value, Tensor) and value.ndim)]
         self._pieces: list[dict[str, list[tuple[int, Fragment]]]] = []  # by group and parameter, with their processes
         for group in range(len(self.groups)):
             parts = deal(stage, self._sizes(group), processes)
@@ -113,50 +116,44 @@ class Shards:
         padding = 0 if self.stage == 3 else self.shards[rank]["group_paddings"][group]
         return self.shards[rank][self.masters][group].numel() + padding
 
-    def _flat(self, group: int, rank: int, key: str) -> Tensor:
+    def _flat(self, group: int, rank: int, kind: str) -> Tensor:
         shard = self.shards[rank]
-        return shard[self.masters][group] if key == MASTERS else shard[self.base]["state"][group][key]
+        return shard[self.masters][group] if kind == MASTERS else shard[self.base]["state"][group][kind]
 
-    def _copy(self, into: Tensor, group: int, key: str, name: str, start: int) -> None:
+    def _copy(self, into: Tensor, group: int, kind: str, name: str, start: int) -> None:
         """Fill `into` with a flattened parameter's elements from `start` on."""
         for rank, fragment in self._pieces[group][name]:
             first, last = max(start, fragment.start), min(start + into.numel(), fragment.stop)
             if first < last:
                 offset = fragment.offset - fragment.start
-                into[first - start : last - start] = self._flat(group, rank, key)[offset + first : offset + last]
+                into[first - start : last - start] = self._flat(group, rank, kind)[offset + first : offset + last]
 
-    def keys(self) -> list[str]:
-        """What there is of each parameter: "fp32", and after the first update "exp_avg", "exp_avg_sq", "ema"."""
-        state = self.shards[0][self.base]["state"].get(0, {})
-        return [MASTERS, *(key for key, value in state.items() if isinstance(value, Tensor) and value.ndim)]
-
-    def whole(self, key: str) -> Iterator[tuple[str, Tensor]]:
+    def whole(self, kind: str) -> Iterator[tuple[str, Tensor]]:
         """Names and whole fp32 tensors, one at a time."""
         for group, shapes in enumerate(self.groups):
             for name, shape in shapes.items():
                 tensor = torch.empty(shape)
-                self._copy(tensor.view(-1), group, key, name, 0)
+                self._copy(tensor.view(-1), group, kind, name, 0)
                 yield name, tensor
 
     def write(self, folder: Path, rank: int, processes: int) -> None:
         """The files that process `rank` of `processes` would have saved and will read. OSError on a full disk."""
         optimizer = dict(self.shards[0])
-        # Not read again, and true of the old shards alone.
-        optimizer.pop("param_slice_mappings", None)
+        optimizer.pop("param_slice_mappings", None)  # true of the old shards alone, and not read
         masters, states, paddings = [], {}, []
         for group in range(len(self.groups)):
             sizes = self._sizes(group)
             part = deal(self.stage, sizes, processes)[rank]
-            flat = {key: torch.zeros(part.length) for key in self.keys()}
-            for key, tensor in flat.items():
+            flat = {kind: torch.zeros(part.length) for kind in self.kinds}
+            for kind, tensor in flat.items():
                 for name, start, stop, offset in part.fragments:
-                    self._copy(tensor[offset : offset + stop - start], group, key, name, start)
+                    self._copy(tensor[offset : offset + stop - start], group, kind, name, start)
             last = self.stage != 3 and rank == processes - 1
             paddings.append(part.length * processes - sum(sizes.values()) if last else 0)
             masters.append(flat.pop(MASTERS)[: part.length - paddings[-1]].clone())
-            state = self.shards[0][self.base]["state"].get(group)
-            if state is not None:
-                states[group] = {**state, **flat}
+            entry = self.shards[0][self.base]["state"].get(group)
+            if entry is not None:  # before the first update there is none
+                states[group] = {**entry, **flat}
         optimizer[self.masters] = masters
         optimizer[self.base] = {**optimizer[self.base], "state": states}
         if self.stage == 3:
