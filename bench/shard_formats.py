@@ -1,14 +1,14 @@
 """Containers for a store's shards: random access to rows as T5-XXL and a VAE make them, from the page cache.
 
-    python -m bench.shard_formats [FOLDER] [--rows 400]
+    python -m bench.shard_formats [FOLDER]
 
 train/data/store.py keeps its shards as `Checked` does.
 """
 
-import argparse
 import io
 import os
 import statistics
+import sys
 import tarfile
 import tempfile
 import time
@@ -20,11 +20,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load, save, save_file
 
-CHANNELS, MEAN_TOKENS, LATENT = 4096, 92, (2, 4, 32, 32)
-
-
-def raw(tensor):
-    return tensor.view(torch.uint8).numpy()
+ROWS, CHANNELS, MEAN_TOKENS, LATENT = 400, 4096, 92, (2, 4, 32, 32)
 
 
 def checksum(*sample):
@@ -54,17 +50,17 @@ class Checked(Safetensors):
     """The same, with the sum of each row's 64-bit words compared."""
 
     def read(self, shard, row):
-        text, latent = super().read(shard, row)
-        assert checksum(text, latent) == shard[3][row]
-        return text, latent
+        sample = super().read(shard, row)
+        assert checksum(*sample) == shard[3][row]
+        return sample
 
 
 class Arrow:
     """An Arrow IPC file, memory-mapped, with two binary columns."""
 
     def write(self, path, samples):
-        columns = zip(*[[raw(tensor).tobytes() for tensor in sample] for sample in samples], strict=True)
-        table = pa.table(dict(zip(("text", "latents"), (pa.array(c, pa.large_binary()) for c in columns), strict=True)))
+        columns = [[tensor.view(torch.uint8).numpy().tobytes() for tensor in row] for row in zip(*samples, strict=True)]
+        table = pa.table([pa.array(column, pa.large_binary()) for column in columns], names=["text", "latents"])
         with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
             writer.write_table(table)
 
@@ -82,8 +78,7 @@ class Tar:
     def write(self, path, samples):
         with tarfile.open(path, "w") as tar:
             for number, (text, latents) in enumerate(samples):
-                member = tarfile.TarInfo(f"{number:06d}.safetensors")
-                content = save({"text": text, "latents": latents})
+                member, content = tarfile.TarInfo(f"{number}.safetensors"), save({"text": text, "latents": latents})
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
 
@@ -92,44 +87,35 @@ class Tar:
             return os.open(path, os.O_RDONLY), [(member.size, member.offset_data) for member in tar]
 
     def read(self, shard, row):
-        file, places = shard
-        return tuple(load(os.pread(file, *places[row]))[name] for name in ("text", "latents"))
+        content = load(os.pread(shard[0], *shard[1][row]))
+        return content["text"], content["latents"]
 
 
-def timed(function, *arguments):
+def measure(kind, path, samples, rng):
     start = time.perf_counter()
-    result = function(*arguments)
-    return time.perf_counter() - start, result
-
-
-def read_all(kind, shard, order):
-    for row in order:
-        kind.read(shard, row)
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", nargs="?", help="where to write")
-    parser.add_argument("--rows", type=int, default=400)
-    args = parser.parse_args()
-    rng = np.random.default_rng(0)
-    lengths = np.clip(rng.normal(MEAN_TOKENS, 20, args.rows).astype(int), 8, 120)
-    samples = [(torch.randn(n, CHANNELS).bfloat16(), torch.randn(LATENT).half()) for n in lengths]
-    net = sum(tensor.nbytes for sample in samples for tensor in sample)
-    print(f"{args.rows} rows of {net / args.rows / 1e3:.0f} kB")
-    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        for kind in (Safetensors(), Checked(), Arrow(), Tar()):
-            path = Path(folder) / type(kind).__name__
-            written, _ = timed(kind.write, path, samples)
-            shard = kind.open(path)
-            rates = [args.rows / timed(read_all, kind, shard, rng.permutation(args.rows))[0] for _ in range(5)]
-            assert all(map(torch.equal, kind.read(shard, 7), samples[7]))
-            print(
-                f"{type(kind).__name__:12} read {statistics.median(rates):6.0f} rows/s ({min(rates):.0f} to "
-                f"{max(rates):.0f}), write {written:.2f} s, overhead {100 * (path.stat().st_size / net - 1):.3f} %"
-            )
-            path.unlink()
+    kind.write(path, samples)
+    written, rates, shard = time.perf_counter() - start, [], kind.open(path)
+    for _ in range(7):
+        start = time.perf_counter()
+        for row in rng.permutation(ROWS):
+            sample = kind.read(shard, row)
+        rates.append(ROWS / (time.perf_counter() - start))
+        assert all(map(torch.equal, sample, samples[row]))
+    return statistics.median(rates), min(rates), max(rates), written
 
 
 if __name__ == "__main__":
-    main()
+    rng = np.random.default_rng(0)
+    lengths = np.clip(rng.normal(MEAN_TOKENS, 20, ROWS).astype(int), 8, 120)
+    samples = [(torch.randn(n, CHANNELS).bfloat16(), torch.randn(LATENT).half()) for n in lengths]
+    net = sum(tensor.nbytes for sample in samples for tensor in sample)
+    print(f"{ROWS} rows of {net / ROWS / 1e3:.0f} kB")
+    with tempfile.TemporaryDirectory(dir=sys.argv[1] if sys.argv[1:] else None) as folder:
+        for kind in (Safetensors(), Checked(), Arrow(), Tar()):
+            path = Path(folder) / type(kind).__name__
+            rate, slowest, fastest, written = measure(kind, path, samples, rng)
+            over = 100 * (path.stat().st_size / net - 1)
+            print(
+                f"{path.name:12} {rate:6.0f} rows/s ({slowest:.0f} to {fastest:.0f}), written in {written:.2f} s, "
+                f"{over:.3f} % overhead"
+            )

@@ -13,7 +13,7 @@ from pixart_fast import aspect, embedded
 from pixart_fast.text import T5Text
 from tests import published
 from train.data import extract as extraction
-from train.data.encode import Encoders, OnlineStore
+from train.data.encode import Encoders, OnlineStore, Picture
 from train.data.extract import ShardWriter, begin, extract, main, report
 from train.data.raw import open_raw
 from train.data.store import FeatureStore, Manifest
@@ -131,6 +131,22 @@ def test_what_a_sample_holds(tmp_path, photos, model):
         expected = posterior.encode(images).latent_dist
     torch.testing.assert_close(store.read(0).mean, expected.mean[0], rtol=2e-3, atol=2e-3)
     torch.testing.assert_close(store.read(0).std, expected.std[0], rtol=2e-3, atol=2e-3)
+
+
+def test_a_batch_is_encoded_as_one_by_one_up_to_rounding(photos, model):
+    """As on a GPU; the pictures of a batch are of several buckets, and stay in order."""
+    encoders = Encoders(model, resolution=64, multi_aspect=True)
+    raw = open_raw(photos)
+    (batch,) = encoders.prepare_all(raw.root, raw.entries, 2)
+    pictures = [picture for _, picture in batch if isinstance(picture, Picture)]
+    with torch.no_grad():
+        together = encoders._encode(pictures)
+    for one, other in zip(encoders.encode(pictures), together, strict=True):
+        assert one[3:] == other[3:]
+        for x, y in zip(one[:3], other[:3], strict=True):
+            torch.testing.assert_close(x.float(), y.float(), rtol=0.02, atol=0.02)
+    assert len({picture.bucket for picture in pictures}) > 2
+    assert encoders.encode([]) == []
 
 
 def test_one_square_without_multi_aspect(tmp_path, photos, model):
@@ -281,6 +297,7 @@ def test_encoders_that_cannot_be_loaded(tmp_path, photos, model):
 
 def test_mistakes_are_one_sentence(tmp_path, photos, small_model, capsys):
     run = ["--workers", "0", "--model", str(small_model)]
+    small = [str(photos), str(tmp_path / "small"), "--resolution", "32", "--max-bad", "0.1"]
     for arguments, sentence in (
         ([str(photos)], "give SOURCE, STORE and --resolution"),
         ([str(photos), str(tmp_path / "s"), "--resolution", "60", *run], "resolution 60 does not divide by 8"),
@@ -292,6 +309,7 @@ def test_mistakes_are_one_sentence(tmp_path, photos, small_model, capsys):
         ([str(photos), str(photos / "00.png"), "--resolution", "32", *run], "cannot be written to"),
         ([str(photos), str(tmp_path / "s"), "--resolution", "32", "--model", str(photos)], "vae has no config.json"),
         (["--check", str(tmp_path)], "is no finished store"),
+        ([*small, "--model", str(small_model), "--address", "127.0.0.1:1"], "there is no Ray cluster at 127.0.0.1:1"),
     ):
         assert main(arguments) == 2
         error = capsys.readouterr().err
@@ -350,7 +368,7 @@ def test_the_same_bytes_from_one_worker_two_and_one_that_dies(tmp_path, photos, 
     try:
         crashes = Crashes(small_model, **options)
         make(source, tmp_path / "two", crashes, shard_size=4, workers=2)
-        with pytest.raises(UserError, match="3 workers need 4 CPUs and 0 GPUs, and Ray has 3 and 0"):
+        with pytest.raises(UserError, match="these workers need 4 CPUs and 0 GPUs, and Ray has 3 and 0"):
             make(source, tmp_path / "three", crashes, shard_size=4, workers=3)
     finally:
         ray.shutdown()

@@ -165,15 +165,17 @@ def test_the_same_samples_are_the_same_bytes(tmp_path):
     assert all((one / file).read_bytes() == (other / file).read_bytes() for file in files)
 
 
-@pytest.mark.parametrize("tensor", ["latents.1.0", "text", "names", "index"])
-def test_a_flipped_bit_is_noticed(tmp_path, tensor):
+@pytest.mark.parametrize(
+    ("tensor", "place"), [("latents.1.0", 0), ("text", 7), ("names", 0), ("index", 16), ("index", 40)]
+)
+def test_a_flipped_bit_is_noticed(tmp_path, tensor, place):
     samples = [sample(number) for number in range(20)]
     folder = make(tmp_path / "store", samples)
     FeatureStore(folder).check()
     path = folder / "shards/00001.safetensors"
     header = int.from_bytes(path.read_bytes()[:8], "little")
     start, _ = json.loads(path.read_bytes()[8 : 8 + header])[tensor]["data_offsets"]
-    flip(path, 8 + header + start + (56 if tensor == "index" else 0))
+    flip(path, 8 + header + start + place)
     store = FeatureStore(folder)
     assert equal(store.read(0), samples[0]), "the other shards are sound"
     with pytest.raises(UserError, match=r"shards/00001.safetensors is damaged .*: delete"):

@@ -188,7 +188,7 @@ class Encoders:
         if self.device.type == "cpu":
             with one_thread():
                 return [self._encode([picture])[0] for picture in pictures]
-        return self._encode(pictures)
+        return self._encode(pictures) if pictures else []
 
     def _encode(self, pictures: list[Picture]) -> list[Sample]:
         latents: dict[int, list[Tensor | None]] = {}

@@ -13,9 +13,10 @@ import hashlib
 import json
 import logging
 import os
+import socket
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,6 +34,7 @@ from train.data.store import (
     NULL_CAPTION,
     PARTIAL,
     SHARDS,
+    VERSION,
     FeatureStore,
     Manifest,
     complete,
@@ -184,11 +186,12 @@ def extract(
     writer = {"store": store.resolve(), "root": raw.root.resolve(), "encoders": encoders, "threads": threads}
     done = sum(task.count for task in tasks if task.number in notes)
     counts = {task.number: task.count for task in tasks}
-    with tqdm(total=len(raw.entries), initial=done, unit="img", smoothing=0.1, disable=quiet) as bar:
-        if workers and pending:
-            results = on_ray(writer, pending, workers, gpus, threads, address)
-        else:
+    cluster = connected(address, workers, gpus, threads) if workers and pending else nullcontext()
+    with cluster as ray, tqdm(total=len(raw.entries), initial=done, unit="img", smoothing=0.1, disable=quiet) as bar:
+        if ray is None:
             results = map(ShardWriter(**writer).attempt, pending)
+        else:
+            results = on_ray(ray, writer, pending, workers, gpus, threads)
         for note in results:
             if "error" in note:
                 raise UserError(note["error"])
@@ -204,6 +207,7 @@ def begin(raw: RawData, store: Path, encoders: Encoders, shard_size: int) -> lis
     for line in _lines(raw):
         digest.update(line)
     plan = {
+        "version": VERSION,
         "samples": len(raw.entries),
         "listing_sha256": digest.hexdigest(),
         "shard_size": shard_size,
@@ -258,42 +262,34 @@ def finished(store: Path, number: int) -> dict[str, Any] | None:
         return None
 
 
-def on_ray(
-    writer: dict, tasks: list[Task], workers: int, gpus: float, threads: int, address: str | None
-) -> Iterator[dict]:
+def on_ray(ray: Any, writer: dict, tasks: list[Task], workers: int, gpus: float, threads: int) -> Iterator[dict]:
     """The notes of shards as actors finish them, in any order. Raises UserError."""
-    with connected(address, workers * threads + 1) as ray:
-        have = ray.cluster_resources()
-        # One processor stays free: Ray Data waits for ever for its own tasks if the actors take all of them.
-        if have.get("CPU", 0) < workers * threads + 1 or have.get("GPU", 0) < workers * gpus:
-            raise UserError(
-                f"{workers} workers need {workers * threads + 1} CPUs and {workers * gpus:g} GPUs, and Ray has "
-                f"{have.get('CPU', 0):g} and {have.get('GPU', 0):g}: choose smaller --workers."
-            )
-        context = ray.data.DataContext.get_current()
-        context.enable_progress_bars = context.print_on_execution_start = False
-        logging.getLogger("ray.data").setLevel(logging.ERROR)
-        shards = ray.data.from_items([task._asdict() for task in tasks], override_num_blocks=len(tasks)).map_batches(
-            ShardWriter,
-            fn_constructor_kwargs=writer,
-            batch_size=1,
-            compute=ray.data.ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=1),
-            num_cpus=threads,
-            num_gpus=gpus,
-        )
-        try:
-            for row in shards.iter_rows():
-                yield json.loads(row["note"])
-        except ray.exceptions.RayActorError as error:
-            raise UserError(
-                f"Ray's workers cannot start ({str(error).strip().splitlines()[-1]}): every machine needs this project "
-                f"at {ROOT}, with what it requires."
-            ) from error
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    shards = ray.data.from_items([task._asdict() for task in tasks], override_num_blocks=len(tasks)).map_batches(
+        ShardWriter,
+        fn_constructor_kwargs=writer,
+        batch_size=1,
+        compute=ray.data.ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=1),
+        num_cpus=threads,
+        num_gpus=gpus,
+    )
+    try:
+        for row in shards.iter_rows():
+            yield json.loads(row["note"])
+    except ray.exceptions.RayActorError as error:
+        raise UserError(
+            f"Ray's workers cannot start ({str(error).strip().splitlines()[-1]}): every machine needs this project "
+            f"at {ROOT}, with what it requires."
+        ) from error
 
 
 @contextmanager
-def connected(address: str | None, cpus: int) -> Iterator[Any]:
-    """Ray, started on this machine with at least `cpus` unless it has an address, or as it runs already."""
+def connected(address: str | None, workers: int, gpus: float, threads: int) -> Iterator[Any]:
+    """Ray, as it runs already or at its address, else started on this machine. UserError where it is too small."""
+    # One processor stays free: Ray Data waits for ever for its own tasks if the actors take all of them.
+    cpus = workers * threads + 1
     os.environ.setdefault("RAY_worker_niceness", "0")  # else 15: next to anything else, workers come to a halt
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # what matters comes as an exception
@@ -305,7 +301,7 @@ def connected(address: str | None, cpus: int) -> Iterator[Any]:
             "extraction by several workers needs Ray: `pip install 'ray[data]'`, or --workers 0."
         ) from error
     if ray.is_initialized():
-        yield ray
+        yield _large_enough(ray, cpus, workers * gpus)
         return
     options: dict[str, Any] = {"address": address, "log_to_driver": False, "logging_level": logging.ERROR}
     if address is not None:
@@ -315,13 +311,29 @@ def connected(address: str | None, cpus: int) -> Iterator[Any]:
         options |= {"address": "local", "num_cpus": max(cpus, os.cpu_count() or 1), "include_dashboard": False}
         options["object_store_memory"] = 200_000_000
     try:
+        host, _, port = (address or "").removeprefix("ray://").rpartition(":")
+        if port.isdigit():  # Ray itself knocks for ten minutes and more where nobody answers
+            socket.create_connection((host, int(port)), timeout=10).close()
         ray.init(**options)
-    except ConnectionError as error:
-        raise UserError(f"there is no Ray cluster at {address} ({error}): start it with `ray start --head`.") from error
+    except OSError as error:
+        raise UserError(
+            f"there is no Ray cluster at {address} that lets us in ({error}): start it with `ray start --head`; where "
+            "it asks for a token, this machine must have it, see `ray get-auth-token`."
+        ) from error
     try:
-        yield ray
+        yield _large_enough(ray, cpus, workers * gpus)
     finally:
         ray.shutdown()
+
+
+def _large_enough(ray: Any, cpus: int, gpus: float) -> Any:
+    have = ray.cluster_resources()
+    if have.get("CPU", 0) < cpus or have.get("GPU", 0) < gpus:
+        raise UserError(
+            f"these workers need {cpus} CPUs and {gpus:g} GPUs, and Ray has {have.get('CPU', 0):g} and "
+            f"{have.get('GPU', 0):g}: choose smaller --workers."
+        )
+    return ray
 
 
 def finish(raw: RawData, store: Path, encoders: Encoders, notes: list[dict[str, Any]]) -> Manifest:
@@ -422,6 +434,9 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("stopped: the same command goes on with the shards that are missing.", file=sys.stderr)
+        return 130
     return 0
 
 

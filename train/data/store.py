@@ -19,6 +19,7 @@ The tensors of a shard of n samples, T tokens in all:
 Containers were measured with rows as T5-XXL makes them (bench/shard_formats.py).
 """
 
+import hashlib
 import json
 import os
 import secrets
@@ -35,19 +36,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from train.checkpoints import digest
 from train.settings import UserError
 
 VERSION = 1
-MANIFEST, INDEX, NULL_CAPTION, LEFT_OUT = (
-    "manifest.json",
-    "index.safetensors",
-    "null_caption.safetensors",
-    "left_out.jsonl",
-)
+MANIFEST, LEFT_OUT = "manifest.json", "left_out.jsonl"
+INDEX, NULL_CAPTION = "index.safetensors", "null_caption.safetensors"
 SHARDS, PARTIAL = "shards", ".partial"
 # Bucket (by its place among the shard's own, sorted by name) and row in it, the picture's size, class (-1: none), where
-# its tokens and its name end, and the checksum of its latents and tokens as they lie in the file.
+# its tokens and its name end, and the checksum of its latents, its tokens and these numbers as they lie in the file.
 COLUMNS = ("bucket", "row", "height", "width", "label", "text_end", "name_end", "checksum")
 OPEN_SHARDS = 128  # per process: each is a memory map
 
@@ -129,6 +125,11 @@ def write_aside(path: Path, write: Callable[[Path], None]) -> None:
         partial.unlink(missing_ok=True)
 
 
+def digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def _sync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -172,7 +173,8 @@ def write_shard(
         notes += json.dumps(name, ensure_ascii=False).encode()
         label = -1 if sample.label is None else sample.label
         place = (keys.index(sample.bucket), len(latents[sample.bucket]))
-        index.append([*place, *sample.size, label, text_end, len(notes), checksum(stored, sample.text)])
+        row = torch.tensor([*place, *sample.size, label, text_end, len(notes)])
+        index.append([*row.tolist(), checksum(stored, sample.text, row)])
         latents[sample.bucket].append(stored)
     tensors = {f"latents.{key}": torch.stack(rows) for key, rows in latents.items()}
     tensors["index"] = torch.tensor(index)
@@ -232,7 +234,7 @@ class Shard:
             text = None if self.text is None else self.text[self._span(row, "text_end")].clone()
         except (IndexError, SafetensorError) as error:
             raise Damaged(str(error)) from error
-        if checksum(latents, text) != expected:
+        if checksum(latents, text, torch.from_numpy(self.index[row, :-1])) != expected:
             raise Damaged(f"sample {row} in it has other bytes than were written")
         mean, std = [*latents.float(), None][:2]
         return Sample(mean, std, text, None if label < 0 else label, (height, width), self.keys[bucket])

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch
 
-from train.checkpoints import digest
 from train.data import store
 from train.data.features import FeaturesSource
 from train.data.source import Batch, Steps, load_steps
@@ -33,16 +32,10 @@ def write_store(folder: Path, count: int, *, tokens: int = TOKENS, width: int = 
         mean, std = torch.randn(2, 4, 32, 32, generator=generator)
         text = torch.randn(min(length, MAX_TOKENS), width, generator=generator).bfloat16()
         samples.append(store.Sample(mean, std.abs(), text, None, (256, 256), "1.0"))
-    shard = folder / store.SHARDS / "00000.safetensors"
-    shard.parent.mkdir(parents=True)
-    store.write_shard(shard, samples, [(str(number), None) for number in range(count)], torch.float16)
-    store.write_tensors(folder / store.INDEX, {"bucket": torch.zeros(count, dtype=torch.uint8)})
+    shard = f"{store.SHARDS}/00000.safetensors"
+    (folder / store.SHARDS).mkdir(parents=True)
+    store.write_shard(folder / shard, samples, [(str(number), None) for number in range(count)], torch.float16)
     store.write_tensors(folder / store.NULL_CAPTION, {"null_caption": torch.zeros(1, width, dtype=torch.bfloat16)})
-
-    def file(path: Path, count: int = 0) -> store.File:
-        name = str(path.relative_to(folder))
-        return store.File(name=name, bytes=path.stat().st_size, sha256=digest(path), count=count)
-
     manifest = store.Manifest(
         resolution=256,
         multi_aspect=False,
@@ -59,10 +52,9 @@ def write_store(folder: Path, count: int, *, tokens: int = TOKENS, width: int = 
         count=count,
         buckets={"1.0": count},
         left_out={},
-        shards=[file(shard, count)],
-        files=[file(folder / name) for name in (store.INDEX, store.NULL_CAPTION)],
+        shards=[store.describe(folder, shard, count)],
     )
-    store.write_json(folder / store.MANIFEST, manifest.model_dump())
+    store.complete(folder, manifest, ["1.0"] * count, {})
     return store.FeatureStore(folder)
 
 
