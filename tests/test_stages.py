@@ -105,7 +105,7 @@ def small(tmp_path_factory) -> Path:
             "steps": 6, "batch_size": 8, "sampling.every": 3, "sampling.captions": 4, "sampling.final_captions": 4,
             "sampling.steps": 2, "log_every": 2, "model.layers": 2, "model.width": 32, "model.heads": 2,
         }  # fmt: skip
-        stage["prepare"] = [line.replace("--count 8000", "--count 60") for line in stage.get("prepare", [])]
+        stage["prepare"] = [line.replace("--count 10000", "--count 60") for line in stage.get("prepare", [])]
     chain["stages"][-1]["aspects"] = 2
     file = folder / "chain.yaml"
     file.write_text(yaml.safe_dump(chain))

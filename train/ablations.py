@@ -42,7 +42,7 @@ PANELS = (
     ("from scratch", "adaLN"),
     ("from scratch", "sparse captions"),
 )
-RATES = {"binding": "shape and colour of every object", "count": "number of objects"}
+RATES = {"binding": "shapes and colours", "count": "number of objects"}
 
 
 class Point(NamedTuple):
@@ -103,7 +103,8 @@ def curve(arm: str, seeds: range, output: Path, rate: str) -> list[Point]:
 
 
 def plot(output: Path, seeds: range, path: Path) -> None:
-    """A row of panels per rate: two arms against training time, bars of one standard deviation over the seeds."""
+    """A row of panels per rate: two arms against training time, bars of one standard deviation over the seeds; dashed:
+    the first arm, its DiT's time included."""
     figure, axes = plt.subplots(len(RATES), len(PANELS), figsize=(13, 7), sharey=True, sharex=True)
     colours = dict(zip(ARMS, ("#d55e00", "#0072b2", "#009e73", "#7f7f7f"), strict=True))
     for row, (rate, told) in zip(axes, RATES.items(), strict=True):
@@ -112,10 +113,13 @@ def plot(output: Path, seeds: range, path: Path) -> None:
                 points = curve(arm, seeds, output, rate)
                 x, y, bar = ([getattr(p, name) for p in points] for name in ("seconds", "rate", "deviation"))
                 place.errorbar(x, y, bar, label=arm, color=colours[arm], marker="o", markersize=4, capsize=3)
+                if arm == "re-parameterised":
+                    later = [second + class_seconds(output, seeds) for second in x]
+                    place.plot(later, y, "--", label="with the DiT's time", color=colours[arm], linewidth=1)
             place.set(ylim=(0, 1.02))
             place.grid(alpha=0.3)
-            place.legend(loc="lower right")
-        row[0].set_ylabel(f"captions right: {told}")
+            place.legend(loc="upper left", fontsize=8)
+        row[0].set_ylabel(f"captions right in {told}")
     for place in axes[-1]:
         place.set_xlabel("seconds of training, one thread")
     figure.tight_layout()
