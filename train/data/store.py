@@ -70,6 +70,18 @@ class File(BaseModel):
     count: int = 0
 
 
+class Nouns(BaseModel):
+    """What captions talk about (train/data/nouns.py): distinct nouns, those of them that occur more than ten times, all
+    occurrences, and nouns per picture."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    distinct: int
+    valid: int
+    total: int
+    per_picture: float
+
+
 class Manifest(BaseModel):
     """What a store holds.
 
@@ -97,6 +109,7 @@ class Manifest(BaseModel):
     left_out: dict[str, int]
     full_captions: int = 0  # captions that fill max_tokens, most of which were cut there
     bytes_per_sample: dict[str, float] = {}
+    nouns: Nouns | None = None  # once they have been counted
     shards: list[File] = []
     files: list[File] = []
 
