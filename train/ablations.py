@@ -157,9 +157,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--output", type=Path, default=Path("runs/ablations"), metavar="DIR", help="(%(default)s)")
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="runs per arm (%(default)s)")
-    parser.add_argument("--steps", type=int, default=900, metavar="N", help="of every arm (%(default)s)")
-    parser.add_argument("--class-steps", type=int, default=600, metavar="N", help="of the DiT (%(default)s)")
-    parser.add_argument("--every", type=int, default=100, metavar="N", help="steps between evaluations (%(default)s)")
+    parser.add_argument("--steps", type=int, default=750, metavar="N", help="of every arm (%(default)s)")
+    parser.add_argument("--class-steps", type=int, default=450, metavar="N", help="of the DiT (%(default)s)")
+    parser.add_argument("--every", type=int, default=125, metavar="N", help="steps between evaluations (%(default)s)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), metavar="N", help="runs at a time (%(default)s)")
     return parser.parse_args(arguments)
 
