@@ -209,3 +209,18 @@ def test_prompts_are_painted_by_components_that_are_not_in_the_run(store, model,
     assert not any("vae" in name or "encoder." in name for name in weights)
     code, said = run(*settings(store, tmp_path / "other", "steps=6", "sampling.every=3", "sampling.components=nowhere"))
     assert code == 2 and "sampling.components: nowhere" in said and "Traceback" not in said
+
+
+def test_micro_conditions_from_a_stage_without_them(store, model, tmp_path):
+    """As from 256 px to 512: new embedders beside the old weights, told as named, painted with, and on record."""
+    first, output = tmp_path / "first", tmp_path / "run"
+    wide = ("steps=4", "model.width=48")
+    finished(*settings(store, first, *wide))
+    options = (f"init_from={first / 'final'}", "model.micro_conditions=original", "sampling.every=2")
+    finished(*settings(store, output, *wide, *options, f"sampling.components={model}"))
+    recipe = json.loads((output / "final" / "recipe.json").read_text())
+    assert recipe["micro_conditions"] == "original"
+    before, after = (load_file(folder / "final" / "diffusion_pytorch_model.safetensors") for folder in (first, output))
+    new = {name for name in after if "resolution_embedder" in name or "aspect_ratio_embedder" in name}
+    assert new and after.keys() - before.keys() == new
+    assert (output / "samples" / "progress.png").is_file()

@@ -278,3 +278,12 @@ def test_starts_from_an_official_file(plain, tmp_path):
     settings = load_settings(plain / "config.yaml", [f"init_from={tmp_path / 'official.pth'}"])
     started = build_model(settings, ScenesSource(settings.data, settings.seed)).state_dict()
     assert all(torch.equal(tensor, started[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "options", [("zero_stage=3",), ("compile=true", "activation_checkpointing=pointwise")], ids=" ".join
+)
+def test_dits_in_bf16(tmp_path, options):
+    finished("steps=3", "model.kind=dit", f"output={tmp_path / 'plain'}")
+    finished("steps=3", "model.kind=dit", "precision=bf16", *options, f"output={tmp_path / 'run'}")
+    torch.testing.assert_close(losses(tmp_path / "run"), losses(tmp_path / "plain"), rtol=1e-2, atol=0)
