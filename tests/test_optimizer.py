@@ -48,6 +48,14 @@ def test_average_in_the_state(kind):
         assert not torch.equal(optimizer.state[p]["ema"], p)
 
 
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_the_square_root_rule_reaches_the_optimizer(kind):
+    """The published code's: lr · √(batch / 256); Muon's own rate for matrices is not touched."""
+    given = ["optimizer.lr=2e-5", "optimizer.lr_rule=sqrt", "batch_size=1024", f"optimizer.kind={kind}"]
+    rates = [group["initial_lr"] for group in build_optimizer(Small(), load_settings(DEFAULT, given), CPU).param_groups]
+    assert rates == pytest.approx([0.02, 4e-5] if kind == "muon" else [4e-5])
+
+
 def test_average_does_not_disturb_adamw():
     model, _, _ = trained("adamw", 5, schedule="constant", warmup_steps=0)
     plain = Small()
