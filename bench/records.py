@@ -1,8 +1,8 @@
 """What `bench/results/<device>/*.json` says: which rows are accepted, which are the newest, and why a case is refused.
 
 A case is what is compared with itself alone: operator, pass, shape and dtype of an operator or a model; setting,
-modulation and path of a memory row; workers of the loader. Of every case the newest results of a device count. A case
-is refused where
+modulation and path of a memory row; workers of the loader. Of every case the newest results of a device count. A
+case is refused where
 
 - a row of time kept no accuracy bound, or the project's own row (of a ladder: its first rung) is missing;
 - nothing that is compiled or tuned stands beside it: "compiled" or SDPA for an operator, another's " compiled" path

@@ -91,6 +91,8 @@ def test_classes_and_the_null_class():
 class Posterior:
     """A source with a VAE's posterior: mean 3, deviation 2."""
 
+    most_rows = 4
+
     def plan(self, step):
         return np.arange(4) + 4 * step
 

@@ -76,7 +76,7 @@ class Monitor:
     ):
         self.main, self.device, self.processes, self.terms = main, device, processes, settings.cost
         self.flops_per_image, self.sheet = flops_per_image, data_sheet(device_name)
-        self.step, self.clock, self.seconds, self.images = step, time.perf_counter(), 0.0, step * settings.batch_size
+        self.clock, self.seconds, self.images = time.perf_counter(), 0.0, step * settings.batch_size
         self.since = self.images
         self.waiting = 0.0
         self.bins: list[float] = []
@@ -135,13 +135,7 @@ class Monitor:
             "mfu": achieved / (self.sheet.matmul * self.processes) if self.sheet else None,
             "seconds": self.seconds + elapsed,
         }
-        self.step, self.seconds, self.since, self.waiting, self.bins = (
-            step,
-            self.seconds + elapsed,
-            self.images,
-            0.0,
-            [],
-        )
+        self.seconds, self.since, self.waiting, self.bins = self.seconds + elapsed, self.images, 0.0, []
         row |= self.cost()
         self.files[METRICS].write(json.dumps(row) + "\n")
         scalars = {name: value for name, value in row.items() if isinstance(value, int | float) and name != "step"}

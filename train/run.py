@@ -318,6 +318,7 @@ class Run:
             "zero_stage": settings.zero_stage,
             "optimizer": settings.optimizer_kind(),
             "learning_rate": settings.effective_lr(),
+            **({"region": settings.cost.region} if self.device.type == "cuda" else {}),
             **{name: value for name, value in monitor.cost().items() if value is not None},
             "accuracy": accuracy,
         }

@@ -120,8 +120,8 @@ class Sampling(Section):
 
 
 class Cost(Section):
-    """What a run is reckoned to cost: the price of a GPU hour, kg of CO2 per kWh in the region (0.436: the world in
-    2022, Ember), and what a data centre draws beside its computers (1.58: Uptime Institute 2023)."""
+    """What a run is reckoned to cost: the price of a GPU hour, kg of CO2 per kWh (0.436: the world in 2022, Ember) in a
+    region, which the report names, and what a data centre draws beside its computers (1.58: Uptime Institute 2023)."""
 
     dollars_per_gpu_hour: float | None = Field(None, ge=0)
     region: str = "world"

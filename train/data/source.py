@@ -57,6 +57,7 @@ class Source(Protocol):
     max_tokens: int | None
     null_caption: Tensor | None  # [L, caption_channels]
     num_classes: int | None
+    most_rows: int  # that a step takes
 
     def plan(self, step: int) -> np.ndarray:
         """Indices of all samples of optimizer step `step`, from 0; their latents have one shape."""
@@ -81,7 +82,7 @@ class ScenesSource:
     """Procedural scenes as autoencoder latents, with captions as hashed text features, or with classes."""
 
     def __init__(self, data: Data, seed: int, batch_size: int = 1, *, classes: bool = False):
-        self.scenes, self.batch_size = Scenes(seed, captions=data.captions), batch_size
+        self.scenes, self.most_rows = Scenes(seed, captions=data.captions), batch_size
         self.autoencoder = Autoencoder.load(WEIGHTS)
         self.text = HashedText()
         self.latent_channels, self.latent_size = self.autoencoder.latent_channels, self.autoencoder.latent_size
@@ -92,7 +93,7 @@ class ScenesSource:
             self.null_caption = self.text.encode([""])[0][0]  # [L, caption_channels]
 
     def plan(self, step: int) -> np.ndarray:
-        return np.arange(step * self.batch_size, (step + 1) * self.batch_size)
+        return np.arange(step * self.most_rows, (step + 1) * self.most_rows)
 
     def encode_text(self, captions: list[str]) -> tuple[Tensor, Tensor]:
         """Features `[B, L, caption_channels]` and their mask `[B, L]`."""
@@ -156,7 +157,7 @@ class Steps(Dataset):
 
     def __init__(self, source: Source, settings: Settings, rank: int, processes: int):
         self.source, self.settings, self.rank, self.processes = source, settings, rank, processes
-        self.stride = max(settings.batch_size, getattr(source, "most_rows", 0))
+        self.stride = max(settings.batch_size, source.most_rows)
 
     def __len__(self) -> int:
         return self.settings.steps
